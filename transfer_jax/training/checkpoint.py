@@ -1,0 +1,125 @@
+"""Orbax checkpoints of a stage: asynchronous, the newest few kept, restored onto any mesh."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from transfer_jax.training import distributed
+
+PyTree = Any
+_log = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """No checkpoint of a stage could be read."""
+
+
+def abstract(tree: PyTree, shardings: PyTree | None = None) -> PyTree:
+    """Returns shapes and dtypes of a tree, with the shardings to restore to where given."""
+    if shardings is None:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+            tree,
+        )
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
+class Checkpoints:
+    """The checkpoints of one stage, named by the number of steps taken.
+
+    Each holds several *items*: trees of arrays and one JSON object (``meta``), which also carries
+    the state of the data iterator. An item can be restored without the others.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 2):
+        self.directory = Path(directory).absolute()
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+
+    def steps(self) -> list[int]:
+        """The steps at which finished checkpoints exist, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, items: dict[str, PyTree], meta: dict[str, Any]) -> None:
+        """Saves in the background; arrays are copied before this returns, so they may be donated."""
+        if step in self.steps():
+            return
+        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        self._manager.save(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args), force=True
+        )
+
+    def restore(self, step: int, items: dict[str, PyTree]) -> tuple[dict[str, PyTree], dict]:
+        """Restores some items of one checkpoint.
+
+        Args:
+          step: which.
+          items: name -> tree of ``ShapeDtypeStruct`` with the shardings to restore to.
+        """
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **args)
+        )
+        return {name: restored[name] for name in items}, restored["meta"]
+
+    def restore_newest(
+        self, items: dict[str, PyTree]
+    ) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
+        """Restores the newest checkpoint that can be read.
+
+        A damaged one is set aside (renamed ``<step>.damaged``) with a warning and the one before
+        it is tried.
+
+        Returns:
+          (step, items, meta), or None where there is no checkpoint at all.
+
+        Raises:
+          CheckpointError: checkpoints exist and none can be read.
+        """
+        failures = []
+        for step in reversed(self.steps()):
+            error: Exception | None = None
+            try:
+                restored, meta = self.restore(step, items)
+            except Exception as e:  # orbax and tensorstore raise many kinds for damaged files
+                error = e
+            if not distributed.any_process(error is not None):
+                return step, restored, meta
+            reason = str(error).strip().splitlines()[0][:300] if error else "another process failed"
+            failures.append(f"step {step}: {reason}")
+            _log.warning(
+                "The checkpoint of step %d in %s cannot be read (%s); trying the one before it. "
+                "The damaged files are kept as %d.damaged.",
+                step, self.directory, reason, step,
+            )  # fmt: skip
+            self._set_aside(step)
+        if not failures:
+            return None
+        raise CheckpointError(
+            f"none of the checkpoints in {self.directory} can be read: {'; '.join(failures)}. "
+            "If the model or its code has changed since they were written, use a new workdir; if "
+            "the files are damaged, delete this directory and the stage starts again."
+        )
+
+    def _set_aside(self, step: int) -> None:
+        if distributed.is_primary():
+            target = self.directory / f"{step}.damaged"
+            shutil.rmtree(target, ignore_errors=True)
+            (self.directory / str(step)).rename(target)
+        distributed.barrier("checkpoint set aside")
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Blocks until what was saved is on disk; raises what went wrong there."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()

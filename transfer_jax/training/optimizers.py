@@ -1,0 +1,144 @@
+"""optax optimisers and schedules from a config, with per-path learning rates and weight decay."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from transfer_jax.trees import path_str, paths
+from transfer_jax.training.config import ConfigError, OptimizerConfig
+
+PyTree = Any
+Schedule = Callable[[Any], Any]
+
+_MAIN = "main"
+
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
+    "adam": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps),
+    "adamw": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps),
+    "lamb": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps),
+    "lion": lambda c: optax.scale_by_lion(c.b1, c.b2),
+    "adafactor": lambda c: optax.scale_by_factored_rms(),
+    "sgd": lambda c: optax.trace(c.b1) if c.b1 else optax.identity(),
+}
+
+SCHEDULES = ("constant", "cosine", "linear", "rsqrt", "plateau")
+
+
+def schedule_shape(config: OptimizerConfig, steps: int) -> Schedule:
+    """Returns step -> share of the peak rate, in [0, 1].
+
+    Linear warm-up over ``warmup_steps``, then the named decay over the remaining steps. ``rsqrt``
+    is ``sqrt(w / step)`` with ``w = max(warmup_steps, 1)``. ``plateau`` is constant here: ``fit``
+    cuts it when the monitored metric stops improving.
+
+    Args:
+      config: the optimiser's config.
+      steps: length of the whole stage.
+
+    Raises:
+      ConfigError: the warm-up is not shorter than the stage.
+    """
+    warmup = config.warmup_steps
+    if warmup and warmup >= steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={warmup} is not shorter than the stage of {steps} steps."
+        )
+    rest = steps - warmup
+    if config.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(1.0, rest, config.final_fraction)
+    elif config.schedule == "linear":
+        decay = optax.linear_schedule(1.0, config.final_fraction, rest)
+    elif config.schedule == "rsqrt":
+        start = max(warmup, 1)
+        decay = lambda step: (start / (step + start)) ** 0.5  # noqa: E731
+    else:
+        decay = optax.constant_schedule(1.0)
+    if not warmup:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), decay], [warmup])
+
+
+def group_labels(config: OptimizerConfig, params: PyTree) -> PyTree:
+    """Returns a tree that names each parameter's group: its index as text, or ``main``.
+
+    Raises:
+      ConfigError: a group matches no parameter: its settings would silently do nothing.
+    """
+    patterns = [re.compile(g.where) for g in config.groups]
+    for group, pattern in zip(config.groups, patterns):
+        if not any(pattern.search(p) for p in paths(params)):
+            raise ConfigError(
+                f"the optimiser group where={group.where!r} matches none of the parameters "
+                f"{paths(params)[:8]}{' …' if len(paths(params)) > 8 else ''}."
+            )
+
+    def label(path: str) -> str:
+        return next((str(i) for i, p in enumerate(patterns) if p.search(path)), _MAIN)
+
+    return jax.tree_util.tree_map_with_path(lambda kp, _: label(path_str(kp)), params)
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, params: PyTree
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """Builds the optimiser of a stage.
+
+    Order: clip entries, clip the global norm, rescale (Adam, Lion, …), decay the weights, scale by
+    the learning rate. SGD adds the decay to the gradient, before its momentum, as is usual there.
+
+    Args:
+      config: see ``OptimizerConfig``.
+      steps: length of the stage, for the schedule.
+      params: the trained parameters (only paths matter).
+
+    Returns:
+      The transformation, whose updates are to be *added*, and the schedule of the main group
+      (step -> learning rate) for logging.
+    """
+    labels = group_labels(config, params)
+    shape = schedule_shape(config, steps)
+    rates = {_MAIN: config.learning_rate}
+    decays = {_MAIN: config.weight_decay}
+    for i, group in enumerate(config.groups):
+        rates[str(i)], decays[str(i)] = group.learning_rate, group.weight_decay
+
+    def scaled(rate: float) -> optax.GradientTransformation:
+        return optax.scale_by_learning_rate(lambda step: rate * shape(step))
+
+    rescale = OPTIMIZERS[config.name](config)
+    decay = _weight_decay(config, decays, labels, params)
+    parts: list[optax.GradientTransformation] = []
+    if config.clip_value:
+        parts.append(optax.clip(config.clip_value))
+    if config.clip_norm:
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    parts += [decay, rescale] if config.name == "sgd" else [rescale, decay]
+    if config.name == "lamb":
+        parts.append(optax.scale_by_trust_ratio())
+    parts.append(
+        scaled(config.learning_rate)
+        if not config.groups
+        else optax.partition({name: scaled(rate) for name, rate in rates.items()}, labels)
+    )
+    return optax.chain(*parts), lambda step: config.learning_rate * shape(step)
+
+
+def _weight_decay(
+    config: OptimizerConfig, decays: dict[str, float], labels: PyTree, params: PyTree
+) -> optax.GradientTransformation:
+    masked = re.compile(config.decay_mask)
+
+    def coefficient(kp: tuple[Any, ...], label: str) -> float:
+        if label == _MAIN and not masked.search(path_str(kp)):
+            return 0.0
+        return decays[label]
+
+    coefficients = jax.tree_util.tree_map_with_path(coefficient, labels)
+    parts = []
+    for value in sorted(set(jax.tree.leaves(coefficients)) - {0.0}):
+        mask = jax.tree.map(lambda c, value=value: c == value, coefficients)
+        parts.append(optax.add_decayed_weights(value, mask))
+    return optax.chain(*parts) if parts else optax.identity()
