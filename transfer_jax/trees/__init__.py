@@ -1,5 +1,62 @@
-"""Framework-free pytree tools. Needs jax and numpy only, and knows nothing of models."""
+"""Framework-free pytree tools. Needs jax and numpy only, and knows nothing of models.
 
-from transfer_jax.trees.paths import combine, partition, path_str, paths, select
+A model is a tree of arrays: nested dictionaries, FrozenDict, Linen params, ``nnx.State``, Haiku
+params and Equinox modules alike. See ``docs/trees.md``.
+"""
 
-__all__ = ["combine", "partition", "path_str", "paths", "select"]
+from transfer_jax.trees.arithmetic import (
+    add,
+    cosine,
+    dot,
+    lerp,
+    norm,
+    scale,
+    slerp,
+    stack,
+    sub,
+    unstack,
+    weighted_sum,
+)
+from transfer_jax.trees.blocks import block_coefficients, group_paths
+from transfer_jax.trees.fisher import (
+    KroneckerBlock,
+    ewc_penalty,
+    ewc_proximal,
+    fisher_diagonal,
+    kfac_blocks,
+    kfac_penalty,
+    merge_fisher,
+)
+from transfer_jax.trees.low_rank import (
+    extract_lora,
+    lora_delta,
+    lora_init,
+    lora_merge,
+    svd_truncate,
+)
+from transfer_jax.trees.paths import (
+    check_same,
+    combine,
+    is_floating,
+    leaf_key,
+    map_with_path,
+    partition,
+    path_str,
+    paths,
+    select,
+)
+from transfer_jax.trees.task_vectors import (
+    Linearized,
+    apply_task_vectors,
+    linearize,
+    task_vector,
+)
+
+__all__ = [
+    "KroneckerBlock", "Linearized", "add", "apply_task_vectors", "block_coefficients", "check_same",
+    "combine", "cosine", "dot", "ewc_penalty", "ewc_proximal", "extract_lora", "fisher_diagonal",
+    "group_paths", "is_floating", "kfac_blocks", "kfac_penalty", "leaf_key", "lerp", "linearize",
+    "lora_delta", "lora_init", "lora_merge", "map_with_path", "merge_fisher", "norm", "partition",
+    "path_str", "paths", "scale", "select", "slerp", "stack", "sub", "svd_truncate", "task_vector",
+    "unstack", "weighted_sum",
+]  # fmt: skip

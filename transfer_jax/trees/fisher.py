@@ -1,0 +1,612 @@
+"""Fisher information: its diagonal, elastic weight consolidation, Kronecker factors.
+
+The Fisher information of a model with log-likelihood ``l(theta; x, y)`` is the mean over inputs
+``x`` and over labels ``y`` *drawn from the model* of ``g g^T`` with ``g`` the gradient of ``l``.
+Estimators differ in the labels and in what they square (Kunstner et al. 2019, van de Ven 2025):
+
+=============  ==================================================================================
+kind           what is averaged over the examples
+=============  ==================================================================================
+``exact``      ``sum_y p(y|x) g(x, y)^2``: the Fisher information itself, K backward passes
+``mc``         ``g(x, y)^2`` for ``num_samples`` labels drawn from the model: unbiased for exact
+``argmax``     ``g(x, y)^2`` for the most likely label
+``empirical``  ``g^2`` for the label of the data set; the Fisher information only if the model's
+               predictions are right as probabilities
+``batched``    not per example: the square of the gradient of the *batch mean*. A widespread
+               shortcut, and biased: with mean gradient m and variance v of one coordinate it is
+               ``v / B + m^2`` for batches of size B instead of ``v + m^2``, so it depends on B
+               and on the order of the data, and near an optimum is about B times too small
+=============  ==================================================================================
+"""
+
+import difflib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from transfer_jax.trees.arithmetic import add, scale, wide
+from transfer_jax.trees.blocks import expand
+from transfer_jax.trees.paths import Array, PyTree, check_same, map_with_path, path_str
+
+Kind = Literal["exact", "mc", "empirical", "argmax", "batched"]
+Likelihood = Literal["categorical", "gaussian"]
+Normalize = Literal["mean", "max", "trace"]
+Batch = Any
+
+
+def fisher_diagonal(
+    log_prob_or_loss: Callable[[PyTree, Batch], Array],
+    params: PyTree,
+    batches: Iterable[Batch] | Batch,
+    *,
+    kind: Kind = "exact",
+    num_samples: int = 1,
+    chunk_size: int = 32,
+    key: Array | None = None,
+    mask: Array | Callable[[Batch], Array] | None = None,
+    normalize: Normalize | None = None,
+    likelihood: Likelihood = "categorical",
+) -> PyTree:
+    """Returns the diagonal of the Fisher information, averaged over examples.
+
+    Squared gradients of single examples are computed ``chunk_size`` at a time and added up in
+    float32, batch after batch, so that memory holds at most ``chunk_size`` gradients. The result
+    depends neither on ``chunk_size`` nor on how the data are cut into batches, padded or spread
+    over devices. Batches may be sharded over a mesh with automatic axes.
+
+    The function given must treat the rows of a batch independently (dropout off, batch
+    normalisation with running statistics): it is called with batches of a single row. Arrays that
+    it needs beside ``params`` belong in the batch, or in ``params`` with the parameters of
+    interest split off by ``partition``. Pass the same function object to use its compilation again.
+
+    Args:
+      log_prob_or_loss: ``f(params, batch)``. For ``exact``, ``mc`` and ``argmax`` it returns the
+        log-probabilities [B, K] of the K classes (unnormalised logits are normalised), or for
+        ``mc`` and ``argmax`` [B, ..., K] if an example is several independent choices, such as
+        tokens given their prefix. With ``likelihood="gaussian"`` it returns the means [B, D] of
+        unit normals. For ``empirical`` and ``batched`` it returns one loss (or log-likelihood;
+        the sign does not matter) per row, [B].
+      params: any pytree of floating leaves. None leaves are absent.
+      batches: an iterable of batches (a list, a generator, a loader); or one batch: a dictionary,
+        tuple or array, or any other pytree that is no iterable. All leaves have the batch axis
+        first. Batches of one size share a compilation, and smaller ones are padded to it.
+      kind: which estimator, see the module.
+      num_samples: labels drawn per example, for ``mc``.
+      chunk_size: rows whose gradients are held at once. On a data-sharded mesh, a multiple of the
+        number of devices keeps each row on its device.
+      key: a typed key, for ``mc``. The i-th real example draws from ``fold_in(key, i)``.
+      mask: weights [B] of the rows, 0 for padding: an array (for one batch), a function of the
+        batch, or None for ``batch["mask"]`` where the batch is a mapping that has it. Padded rows
+        may hold anything.
+      normalize: None for the expectation itself; or divide by the mean, the maximum or the sum
+        (``"trace"``) over all coordinates, which then is 1. For the precision of a Laplace
+        approximation multiply the expectation by the number of examples.
+      likelihood: ``categorical``, or ``gaussian`` with unit variance.
+
+    Returns:
+      A tree like ``params``, float32, sharded as the parameters are.
+
+    Raises:
+      ValueError: an unknown option, a missing key, no examples, or an output of the wrong shape.
+      TypeError: a parameter is not floating.
+
+    >>> logits = lambda params, batch: batch["inputs"] @ params["w"]
+    >>> params, batch = {"w": jnp.zeros((2, 4))}, {"inputs": jnp.array([[1.0, 0.0], [3.0, 0.0]])}
+    >>> fisher_diagonal(logits, params, batch)["w"][0]  # E[x^2] p (1 - p) = 5 * 3 / 16
+    Array([0.9375, 0.9375, 0.9375, 0.9375], dtype=float32)
+    """
+    _check_option("kind", kind, Kind)
+    _check_option("likelihood", likelihood, Likelihood)
+    if normalize is not None:
+        _check_option("normalize", normalize, Normalize, "None")
+    if chunk_size < 1 or num_samples < 1:
+        raise ValueError(
+            f"chunk_size={chunk_size} and num_samples={num_samples}: both must be at least 1."
+        )
+    if kind == "mc" and key is None:
+        raise ValueError("kind='mc' draws labels: give key=jax.random.key(...).")
+    if kind == "argmax" and likelihood == "gaussian":
+        raise ValueError("the score of a Gaussian is 0 at its mode: use kind='exact' or 'mc'.")
+    check_same(params, names=["params"])
+
+    options = _Options(log_prob_or_loss, kind, likelihood, num_samples, chunk_size)
+    key = jax.random.key(0) if key is None else key  # Unused unless kind is "mc".
+    total, weight, seen = None, jnp.float32(0), jnp.int32(0)
+    for batch, weights in _batches(batches, mask):
+        squares, counted, real = _batch_squares(options, params, batch, weights, key, seen)
+        total = squares if total is None else _add_to(total, squares)
+        weight, seen = weight + counted, seen + real
+    if total is None or (not isinstance(weight, jax.core.Tracer) and float(weight) == 0):
+        raise ValueError("no examples: batches is empty, or the mask is 0 everywhere.")
+    diagonal = jax.tree.map(lambda f, p: _sharded_like(f / weight, p), total, params)
+    return diagonal if normalize is None else _normalized(diagonal, normalize)
+
+
+def _check_option(name: str, value: Any, options: Any, *more: str) -> None:
+    allowed = [repr(o) for o in get_args(options)] + list(more)
+    if repr(value) not in allowed:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
+
+
+class _Options(NamedTuple):
+    """What a compilation of ``_batch_squares`` depends on."""
+
+    function: Callable[..., Any]
+    kind: Kind
+    likelihood: Likelihood
+    num_samples: int
+    chunk_size: int
+
+
+def _batches(
+    batches: Any, mask: Array | Callable[[Batch], Array] | None
+) -> Iterator[tuple[Batch, Array]]:
+    """Yields batches and row weights, smaller batches padded to the size of the largest so far."""
+    single = (
+        isinstance(batches, (Mapping, tuple))
+        or hasattr(batches, "dtype")
+        or not hasattr(batches, "__iter__")
+    )
+    if mask is not None and not callable(mask) and not single:
+        raise ValueError("an array as mask fits one batch; for several give a function of a batch.")
+    largest = 0
+    for batch in [batches] if single else batches:
+        sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
+        if len(sizes) != 1 or () in sizes:
+            raise ValueError(
+                f"the leaves of a batch need one common batch axis first, not {sorted(sizes)}."
+            )
+        (size,) = sizes.pop()
+        if size == 0:
+            continue
+        if callable(mask):
+            weights = mask(batch)
+        elif mask is not None:
+            weights = mask
+        elif isinstance(batch, Mapping) and "mask" in batch:
+            weights = batch["mask"]
+        else:
+            weights = jnp.ones(size)
+        weights = jnp.asarray(weights, jnp.float32)
+        if weights.shape != (size,):
+            raise ValueError(f"mask of shape {weights.shape} for a batch of {size} rows.")
+        largest = max(largest, size)
+        yield _pad((batch, weights), largest)
+
+
+def _pad(batch_and_weights: tuple[Batch, Array], size: int) -> tuple[Batch, Array]:
+    """Repeats the last row up to ``size`` rows, with weight 0."""
+    batch, weights = batch_and_weights
+    extra = size - weights.shape[0]
+    if extra == 0:
+        return batch, weights
+    # Rows that exist are safe to differentiate at, which rows of zeros need not be.
+    repeated = jax.tree.map(
+        lambda x: jnp.concatenate([jnp.asarray(x), jnp.repeat(x[-1:], extra, axis=0)]), batch
+    )
+    return repeated, jnp.pad(weights, (0, extra))
+
+
+def _scores(options: _Options, output: Array, key: Array) -> tuple[int, Callable[[Array], Any]]:
+    """Returns n and ``i -> (cotangent, weight)`` of the normalised output of one example.
+
+    The estimator is the sum over i < n of ``weight * (cotangent pulled back to params)^2``.
+    """
+    kind, size = options.kind, output.shape[-1]
+    if kind == "exact":
+        if output.ndim != 1:
+            raise ValueError(
+                f"kind='exact' needs outputs [B, K], not [B, {', '.join(map(str, output.shape))}]; "
+                "sum out other axes, or use kind='mc'."
+            )
+        weights = jnp.ones(size) if options.likelihood == "gaussian" else jnp.exp(output)
+        return size, lambda i: (jax.nn.one_hot(i, size, dtype=output.dtype), weights[i])
+    if kind == "argmax":
+        best = jnp.argmax(output, -1)
+        return 1, lambda i: (jax.nn.one_hot(best, size, dtype=output.dtype), 1.0)
+
+    def draw(i: Array) -> tuple[Array, float]:
+        sample_key = jax.random.fold_in(key, i)
+        if options.likelihood == "gaussian":
+            # The score of a unit normal in its mean is the noise itself.
+            cotangent = jax.random.normal(sample_key, output.shape, output.dtype)
+        else:
+            label = jax.random.categorical(sample_key, output)
+            cotangent = jax.nn.one_hot(label, size, dtype=output.dtype)
+        return cotangent, 1.0 / options.num_samples
+
+    return options.num_samples, draw
+
+
+def _square(x: Array) -> Array:
+    return jnp.square(jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
+
+
+def _outputs(options: _Options, params: PyTree, batch: Batch, size: int) -> Array:
+    """Returns losses [B], means or normalised log-probabilities [B, ..., K]."""
+    out = options.function(params, batch)
+    shape, scalar = jnp.shape(out), options.kind in ("empirical", "batched")
+    if shape[:1] != (size,) or (len(shape) == 1) != scalar:
+        wanted = "one loss per row, [B]" if scalar else "log-probabilities or means, [B, ..., K]"
+        raise ValueError(
+            f"kind={options.kind!r} needs a function that returns {wanted}; for a batch with B = "
+            f"{size} it returned shape {shape}."
+        )
+    categorical = not scalar and options.likelihood == "categorical"
+    return jax.nn.log_softmax(out) if categorical else out
+
+
+def _example_squares(options: _Options, params: PyTree, row: Batch, key: Array) -> PyTree:
+    """Returns the estimate from one example; ``row`` has no batch axis."""
+
+    def output(p: PyTree) -> Array:
+        return _outputs(options, p, jax.tree.map(lambda x: x[None], row), 1)[0]
+
+    if options.kind == "empirical":
+        return jax.tree.map(_square, jax.grad(output)(params))
+    out, pull_back = jax.vjp(output, params)
+    num, score = _scores(options, out, key)
+
+    def squares(i: Array) -> PyTree:
+        cotangent, weight = score(i)
+        return jax.tree.map(lambda g: weight * _square(g), pull_back(cotangent)[0])
+
+    if num == 1:
+        return squares(jnp.int32(0))
+
+    def accumulate(total: PyTree, i: Array) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, squares(i)), None
+
+    return jax.lax.scan(accumulate, _zeros(params), jnp.arange(num))[0]
+
+
+def _zeros(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), jnp.float32), params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _batch_squares(
+    options: _Options, params: PyTree, batch: Batch, weights: Array, key: Array, seen: Array
+) -> tuple[PyTree, Array, Array]:
+    """Returns the weighted sum of squares over a batch, its weight and its number of real rows."""
+    size = weights.shape[0]
+    real = weights > 0
+    first = jnp.argmax(real)
+    # Padded rows may hold anything; a real row in their place keeps every gradient finite.
+    batch = jax.tree.map(
+        lambda x: jnp.where(expand(real, jnp.ndim(x)), x, jnp.asarray(x)[first]), batch
+    )
+    index = seen + jnp.cumsum(real, dtype=jnp.int32) - 1
+
+    chunk = min(options.chunk_size, size)
+    num_chunks = -(-size // chunk)
+    padded = _pad(((batch, index), weights), num_chunks * chunk)
+
+    def chunks(x: Array) -> Array:
+        # Rows go to chunks with a stride, so that each chunk has rows of every data shard.
+        x = jnp.asarray(x)
+        return jnp.moveaxis(x.reshape(chunk, num_chunks, *x.shape[1:]), 1, 0)
+
+    def add_squares(total: PyTree, rows_and_weights: Any) -> tuple[PyTree, None]:
+        (rows, index), w = rows_and_weights
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+        squares = jax.vmap(functools.partial(_example_squares, options, params))(rows, keys)
+
+        def accumulate(f: Array, x: Array) -> Array:
+            w_ = expand(w, x.ndim)
+            return f + jnp.sum(jnp.where(w_ > 0, w_ * x, 0.0), axis=0)
+
+        return jax.tree.map(accumulate, total, squares), None
+
+    def add_gradient(total: PyTree, rows_and_weights: Any) -> tuple[PyTree, None]:
+        (rows, _), w = rows_and_weights
+
+        def loss(p: PyTree) -> Array:
+            return jnp.sum(w * _outputs(options, p, rows, chunk))
+
+        return jax.tree.map(lambda f, g: f + g.astype(f.dtype), total, jax.grad(loss)(params)), None
+
+    batched = options.kind == "batched"
+    total = jax.lax.scan(
+        add_gradient if batched else add_squares, _zeros(params), jax.tree.map(chunks, padded)
+    )[0]
+    num_real, weight = real.sum(dtype=jnp.int32), weights.sum()
+    if not batched:
+        return total, weight, num_real
+    any_real = weight > 0
+    mean_weight = jnp.where(any_real, weight, 1.0)
+    squares = jax.tree.map(lambda g: jnp.where(any_real, _square(g / mean_weight), 0.0), total)
+    return squares, any_real.astype(jnp.float32), num_real
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add_to(total: PyTree, more: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, total, more)
+
+
+def _sharded_like(x: Array, param: Array) -> Array:
+    """Puts ``x`` where ``param`` is, if that is a layout over several devices."""
+    if isinstance(x, jax.core.Tracer) or not isinstance(param, jax.Array):
+        return x
+    sharding = param.sharding
+    return jax.device_put(x, sharding) if len(sharding.device_set) > 1 else x
+
+
+def _normalized(diagonal: PyTree, normalize: Normalize) -> PyTree:
+    leaves = jax.tree.leaves(diagonal)
+    if normalize == "max":
+        unit = jnp.max(jnp.stack([x.max() for x in leaves]))
+    else:
+        unit = jnp.sum(jnp.stack([x.sum() for x in leaves]))
+        if normalize == "mean":
+            unit = unit / sum(x.size for x in leaves)
+    return scale(diagonal, 1.0 / jnp.where(unit == 0, 1.0, unit))
+
+
+def merge_fisher(old: PyTree | None, new: PyTree, *, decay: float = 1.0) -> PyTree:
+    """Returns ``decay * old + new``: the diagonal that stands for all tasks so far.
+
+    With ``decay=1`` and the latest parameters as the anchor this is the corrected penalty of
+    Huszar (2018), below 1 online EWC (Schwarz et al. 2018, section 3.2). Tasks weigh equally if
+    each diagonal was computed with ``normalize="trace"``.
+
+    Args:
+      old: the diagonal of the tasks before, or None for the first task.
+      new: the diagonal of the latest task.
+      decay: in [0, 1].
+
+    Raises:
+      ValueError: ``decay`` is out of range, or the trees differ in paths or shapes.
+
+    >>> merge_fisher({"w": 2.0}, {"w": 1.0}, decay=0.5)
+    {'w': Array(2., dtype=float32)}
+    """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay={decay}: give a number from 0 to 1.")
+    if old is None:
+        return new
+    check_same(old, new, names=("old", "new"))
+    return add(scale(old, decay), new)
+
+
+def ewc_penalty(params: PyTree, anchor: PyTree, fisher: PyTree) -> Array:
+    """Returns ``1/2 sum_i F_i (theta_i - anchor_i)^2``, a float32 scalar.
+
+    Elastic weight consolidation (Kirkpatrick et al. 2017, equation 3) without its strength lambda,
+    which the caller multiplies by. Note that several implementations leave the factor 1/2 out.
+
+    Leaves are matched by path. A leaf without Fisher values (a new head, a frozen leaf) adds
+    nothing; a leaf that has grown since the anchor is penalised in its old slice.
+
+    Args:
+      params: the parameters.
+      anchor: the parameters to stay close to.
+      fisher: the diagonal at the anchor; None at leaves that are not penalised.
+
+    Raises:
+      ValueError: a leaf of ``fisher`` that the other trees lack or have in an impossible shape.
+
+    >>> ewc_penalty({"w": 3.0, "head": 1.0}, {"w": 1.0}, {"w": 2.0})
+    Array(4., dtype=float32)
+    """
+    total = jnp.float32(0)
+    for theta, theta_0, f in _matched(params, anchor, fisher).values():
+        old = theta[tuple(slice(n) for n in theta_0.shape)]
+        total = total + 0.5 * jnp.sum(wide(f) * jnp.square(jnp.abs(wide(old) - wide(theta_0))))
+    return total
+
+
+def ewc_proximal(params: PyTree, anchor: PyTree, fisher: PyTree, strength: Array | float) -> PyTree:
+    """Returns the exact minimiser of ``|theta - params|^2 / 2 + strength * ewc_penalty(theta)``.
+
+    ``(params + strength F anchor) / (1 + strength F)``. A step on the penalty that is stable for
+    any strength, where plain gradient steps diverge beyond ``strength * max(F) = 2``: take the
+    optimiser's step on the task's loss, then this with ``strength = learning_rate * lambda``.
+
+    Args:
+      params: the parameters after the step on the task's loss.
+      anchor: as for ``ewc_penalty``.
+      fisher: as for ``ewc_penalty``.
+      strength: a scalar of at least 0.
+
+    >>> ewc_proximal({"w": jnp.float32(3)}, {"w": 1.0}, {"w": 1.0}, 1.0)
+    {'w': Array(2., dtype=float32)}
+    """
+    matched = _matched(params, anchor, fisher)
+
+    def leaf(path: str, x: Array) -> Array:
+        if path not in matched:
+            return x
+        theta, theta_0, f = matched[path]
+        old = tuple(slice(n) for n in theta_0.shape)
+        pull = strength * wide(f)
+        moved = (wide(theta[old]) + pull * wide(theta_0)) / (1 + pull)
+        return theta.at[old].set(moved.astype(theta.dtype))
+
+    return map_with_path(leaf, params)
+
+
+def _matched(
+    params: PyTree, anchor: PyTree, fisher: PyTree
+) -> dict[str, tuple[Array, Array, Array]]:
+    """Returns path -> (parameter, anchor, Fisher) for the leaves of ``fisher``."""
+    flat_params, flat_anchor, flat_fisher = (
+        {path_str(kp): jnp.asarray(x) for kp, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, anchor, fisher)
+    )
+    for path, f in flat_fisher.items():
+        for name, tree in (("params", flat_params), ("anchor", flat_anchor)):
+            if path not in tree:
+                near = difflib.get_close_matches(path, tree, n=3) or list(tree)[:3]
+                raise ValueError(
+                    f"{name} has no leaf {path!r}, which fisher has. Nearest: {', '.join(near)}."
+                )
+        old, now = flat_anchor[path].shape, flat_params[path].shape
+        if f.shape != old or len(old) != len(now) or any(a > b for a, b in zip(old, now)):
+            raise ValueError(
+                f"shapes at {path!r}: fisher {f.shape}, anchor {old}, params {now}; fisher and "
+                "anchor must agree, and params be as large or larger along each axis."
+            )
+    return {p: (flat_params[p], flat_anchor[p], f) for p, f in flat_fisher.items()}
+
+
+class KroneckerBlock(NamedTuple):
+    """The Fisher information of one dense layer, approximated by ``a`` kron ``g``.
+
+    Attributes:
+      a: [in, in], float32, second moment of the layer's inputs (with a 1 appended for a bias).
+      g: [out, out], float32, second moment of the gradient in its pre-activations.
+    """
+
+    a: Array
+    g: Array
+
+
+def kfac_blocks(
+    tapped: Callable[[PyTree, Mapping[str, Array], Batch], tuple[Array, Mapping[str, Array]]],
+    params: PyTree,
+    batches: Iterable[Batch] | Batch,
+    taps: Mapping[str, int],
+    *,
+    kind: Kind = "exact",
+    num_samples: int = 1,
+    key: Array | None = None,
+    mask: Array | Callable[[Batch], Array] | None = None,
+    likelihood: Likelihood = "categorical",
+) -> dict[str, KroneckerBlock]:
+    """Returns Kronecker-factored Fisher blocks of dense layers (Martens and Grosse 2015).
+
+    The structured alternative to the diagonal: ``F(W) ~ E[a a^T] kron E[g g^T]`` for a layer with
+    inputs ``a`` and gradient ``g`` of the log-likelihood in its pre-activations.
+
+    Args:
+      tapped: ``f(params, taps, batch)``, which adds ``taps[name]`` to the pre-activations of the
+        dense layer of that name (so that the gradient in the tap is g), and returns the output
+        that ``fisher_diagonal`` wants, and the inputs of each layer, name -> [B, in]. Append a
+        column of ones to the inputs to cover the bias.
+      params: any pytree.
+      batches: as for ``fisher_diagonal``.
+      taps: name -> number of outputs of the layer.
+      kind: as for ``fisher_diagonal``, but not ``batched``.
+      num_samples: as for ``fisher_diagonal``.
+      key: as for ``fisher_diagonal``.
+      mask: as for ``fisher_diagonal``.
+      likelihood: as for ``fisher_diagonal``.
+
+    Returns:
+      Layer name -> ``KroneckerBlock``. The diagonal of a block is ``outer(diag(a), diag(g))``, in
+      the layout [in, out].
+
+    >>> def tapped(params, taps, batch):
+    ...     return batch["inputs"] @ params["w"] + taps["w"], {"w": batch["inputs"]}
+    >>> params, batch = {"w": jnp.zeros((1, 2))}, {"inputs": jnp.array([[1.0], [3.0]])}
+    >>> kfac_blocks(tapped, params, batch, {"w": 2})["w"].a
+    Array([[5.]], dtype=float32)
+    """
+    _check_option("kind", kind, Literal["exact", "mc", "empirical", "argmax"])
+    _check_option("likelihood", likelihood, Likelihood)
+    if kind == "mc" and key is None:
+        raise ValueError("kind='mc' draws labels: give key=jax.random.key(...).")
+    key = jax.random.key(0) if key is None else key
+    options = _Options(tapped, kind, likelihood, num_samples, 1)
+    total, weight, seen = None, jnp.float32(0), jnp.int32(0)
+    for batch, weights in _batches(batches, mask):
+        zeros = {name: jnp.zeros((weights.shape[0], n)) for name, n in taps.items()}
+        blocks, counted, real = _batch_blocks(options, params, zeros, batch, weights, key, seen)
+        total = blocks if total is None else _add_to(total, blocks)
+        weight, seen = weight + counted, seen + real
+    if total is None:
+        raise ValueError("no examples: batches is empty.")
+    return jax.tree.map(lambda x: x / weight, total)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _batch_blocks(
+    options: _Options,
+    params: PyTree,
+    taps: dict[str, Array],
+    batch: Batch,
+    weights: Array,
+    key: Array,
+    seen: Array,
+) -> tuple[dict[str, KroneckerBlock], Array, Array]:
+    """Returns weighted sums of ``a a^T`` and ``g g^T`` over a batch, as ``_batch_squares`` does."""
+    size, real = weights.shape[0], weights > 0
+    first = jnp.argmax(real)
+    batch = jax.tree.map(
+        lambda x: jnp.where(expand(real, jnp.ndim(x)), x, jnp.asarray(x)[first]), batch
+    )
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+        key, seen + jnp.cumsum(real, dtype=jnp.int32) - 1
+    )
+
+    def outputs(t: dict[str, Array]) -> tuple[Array, Mapping[str, Array]]:
+        kept: dict[str, Any] = {}
+
+        def function(p: PyTree, b: Batch) -> Array:
+            out, kept["inputs"] = options.function(p, t, b)
+            return out
+
+        return _outputs(options._replace(function=function), params, batch, size), kept["inputs"]
+
+    out, pull_back, inputs = jax.vjp(outputs, taps, has_aux=True)
+    if set(inputs) != set(taps):
+        raise ValueError(f"the function returned inputs of {sorted(inputs)}, not {sorted(taps)}.")
+
+    # Rows are independent, so one backward pass gives every row's gradient at once.
+    if options.kind == "empirical":
+        num = 1
+    else:
+        num = _scores(options, out[0], keys[0])[0]
+
+    def second_moments(i: Array) -> dict[str, Array]:
+        if options.kind == "empirical":
+            cotangents, w = jnp.ones_like(out), weights
+        else:
+            cotangents, score_weights = jax.vmap(
+                lambda o, k: _scores(options, o, k)[1](i), out_axes=0
+            )(out, keys)
+            w = weights * score_weights
+        g = pull_back(cotangents)[0]
+        return {name: _second_moment(x, w) for name, x in g.items()}
+
+    def accumulate(sums: Any, i: Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, second_moments(i)), None
+
+    zeros = {name: jnp.zeros((x.shape[-1],) * 2) for name, x in taps.items()}
+    g_moments = jax.lax.scan(accumulate, zeros, jnp.arange(num))[0]
+    blocks = {
+        name: KroneckerBlock(_second_moment(inputs[name], weights), g_moments[name])
+        for name in taps
+    }
+    return blocks, weights.sum(), real.sum(dtype=jnp.int32)
+
+
+def _second_moment(x: Array, weights: Array) -> Array:
+    """Returns ``sum_n weights_n x_n x_n^T`` for ``x`` [B, d]."""
+    x = wide(x)
+    return jnp.einsum("n,ni,nj->ij", weights, x, x, precision="highest")
+
+
+def kfac_penalty(changes: Mapping[str, Array], blocks: Mapping[str, KroneckerBlock]) -> Array:
+    """Returns ``1/2 sum_layers <dW, a dW g>``, a float32 scalar.
+
+    Args:
+      changes: layer name -> change of its kernel since the anchor, [in, out] (with the bias as a
+        last row, if the inputs had a column of ones).
+      blocks: from ``kfac_blocks``.
+
+    >>> block = KroneckerBlock(a=jnp.eye(2), g=2 * jnp.eye(3))
+    >>> kfac_penalty({"w": jnp.ones((2, 3))}, {"w": block})
+    Array(6., dtype=float32)
+    """
+    total = jnp.float32(0)
+    for name, block in blocks.items():
+        if name not in changes:
+            raise ValueError(f"no change for layer {name!r}; there are {', '.join(changes)}.")
+        change = wide(changes[name])
+        total = total + 0.5 * jnp.sum(change * (block.a @ change @ block.g))
+    return total
