@@ -1,5 +1,35 @@
 """The objective protocol, the basic objectives, and the transformations that make methods."""
 
 from transfer_jax.objectives.base import Aux, Mean, Objective, Transformed, Variables
+from transfer_jax.objectives.distil import Distilled, DistilledObjective
+from transfer_jax.objectives.penalize import Penalized, PenalizedObjective
+from transfer_jax.objectives.reparameterize import LowRank, ReparameterizedObjective, Trainable
+from transfer_jax.objectives.tasks import (
+    Classification,
+    ModuleObjective,
+    NextToken,
+    Regression,
+    example_mask,
+)
+from transfer_jax.objectives.warm_start import WarmStart
 
-__all__ = ["Aux", "Mean", "Objective", "Transformed", "Variables"]
+__all__ = [
+    "Aux",
+    "Classification",
+    "Distilled",
+    "DistilledObjective",
+    "LowRank",
+    "Mean",
+    "ModuleObjective",
+    "NextToken",
+    "Objective",
+    "Penalized",
+    "PenalizedObjective",
+    "Regression",
+    "ReparameterizedObjective",
+    "Trainable",
+    "Transformed",
+    "Variables",
+    "WarmStart",
+    "example_mask",
+]

@@ -8,9 +8,7 @@ from typing import Any
 
 import ml_collections
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run: what is wrong, where, and what would be right."""
+from transfer_jax.configuration import ConfigError
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,29 @@ def fit_config(**overrides: Any) -> ml_collections.ConfigDict:
     Args:
       **overrides: fields of ``FitConfig``; ``optimizer`` may be a dictionary of its fields.
     """
-    config = ml_collections.ConfigDict(dataclasses.asdict(from_dict(FitConfig, overrides)))
-    return config
+    return ml_collections.ConfigDict(dataclasses.asdict(from_dict(FitConfig, overrides)))
+
+
+def base_config(recipe: str) -> ml_collections.ConfigDict:
+    """Returns the settings that every experiment has, for a config file to extend.
+
+    ``seed``; ``mesh`` (sizes of the axes ``data``, ``fsdp``, ``model``; -1 = what is left);
+    ``sharding`` (``rules``: ordered pairs of a path regex and a tuple of mesh axes, None or tuples of
+    them; ``min_size``: smaller leaves stay whole); ``logging.wandb_project`` ('' = no W&B).
+
+    Args:
+      recipe: module of ``transfer_jax.papers`` whose ``recipe`` runs the experiment, or
+        ``package.module:function``.
+    """
+    return ml_collections.ConfigDict(
+        {
+            "recipe": recipe,
+            "seed": 0,
+            "mesh": {"data": -1, "fsdp": 1, "model": 1},
+            "sharding": {"rules": (), "min_size": 2**14},
+            "logging": {"wandb_project": ""},
+        }
+    )
 
 
 def from_dict(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
