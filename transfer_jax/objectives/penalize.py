@@ -1,6 +1,7 @@
 """A term in the parameters is added to the loss."""
 
 import jax
+import jax.numpy as jnp
 
 from transfer_jax import trees
 from transfer_jax.objectives.base import Array, Aux, Batch, Mean, PyTree, Transformed, Variables
@@ -48,4 +49,7 @@ class Penalized(PenalizedObjective):
     def penalty(self, params: PyTree) -> Array:
         if not jax.tree.leaves(self.anchor):
             raise ValueError("Penalized.anchor holds no array: nothing would be protected.")
-        return trees.ewc_penalty(params, self.anchor, self.fisher)
+        fisher = self.fisher
+        if fisher is None:
+            fisher = jax.tree.map(jnp.ones_like, self.anchor)
+        return trees.ewc_penalty(params, self.anchor, fisher)

@@ -5,7 +5,7 @@ import jax
 
 from transfer_jax import trees
 from transfer_jax.objectives.base import Array, Aux, Batch, PyTree, Transformed, Variables
-from transfer_jax.trees import Where
+from transfer_jax.trees.paths import Where
 
 
 class ReparameterizedObjective(Transformed):

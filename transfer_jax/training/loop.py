@@ -38,7 +38,7 @@ class Data(Protocol):
         """Returns an iterator of this process's batches with ``get_state`` and ``set_state``."""
 
     def example_batch(self) -> PyTree:
-        """Returns a batch of the shapes and dtypes that the iterator yields."""
+        """Returns a global batch of the shapes and dtypes that the iterators together yield."""
 
 
 class NonFiniteError(FloatingPointError):
@@ -352,7 +352,7 @@ class _Run:
 
     def run(self) -> Fitted:
         batch = self.train.example_batch()
-        rows = np.shape(jax.tree.leaves(batch)[0])[0] * jax.process_count()
+        rows = np.shape(jax.tree.leaves(batch)[0])[0]
         pieces = self.layout.batch_devices * self.config.accumulate
         if rows % pieces:
             raise ConfigError(
