@@ -1,0 +1,482 @@
+"""The command line: ``transfer-jax list | run | report``; ``launch/local.py`` shares ``run``.
+
+Exit codes: 0 done; 1 failed; 2 the command line is wrong; 75 stopped by SIGTERM or Ctrl-C after a
+checkpoint was saved, so that the same command resumes.
+"""
+
+import argparse
+import collections
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any
+
+import transfer_jax
+from transfer_jax import configuration
+from transfer_jax.configuration import ConfigError
+
+OK, FAILED, USAGE, PREEMPTED = 0, 1, 2, 75
+
+_KILL_AFTER = 10.0  # seconds that processes are given once another one of the job has failed
+
+_OVERRIDES_HELP = """\
+Any value of the config can be replaced:
+  --config.optimizer.learning_rate=1e-3 --config.model.widths=64,64
+A misspelt key or a value of the wrong type is refused before anything is computed.
+
+A job that was stopped or killed resumes with the same command.
+Exit codes: 0 done, 1 failed, 2 wrong command line, 75 stopped with a checkpoint saved.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``transfer-jax`` and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="transfer-jax", description="Sequence modelling and knowledge transfer in JAX."
+    )
+    parser.add_argument("--version", action="version", version=transfer_jax.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    listing = commands.add_parser(
+        "list", help="list configs and their variants", description="Lists configs and variants."
+    )
+    listing.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    run = commands.add_parser(
+        "run",
+        help="run an experiment, or resume it",
+        description="Runs the experiment of a config, or resumes it.",
+        epilog=_OVERRIDES_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    run.add_argument("config", metavar="NAME[:VARIANT]", help="see 'list'; or path/to/config.py")
+    _add_run_options(run)
+    report = commands.add_parser(
+        "report", help="write the report of a run", description="Writes WORKDIR/report/report.md."
+    )
+    report.add_argument("workdir", metavar="WORKDIR", type=Path)
+    report.add_argument("--debug", action="store_true", help="show tracebacks of all errors")
+
+    arguments, overrides = _split_overrides(parser, arguments)
+    options = parser.parse_args(arguments)
+    if options.command == "list":
+        return _guarded(options.debug, _list)
+    if options.command == "report":
+        return _guarded(options.debug, lambda: _report(options.workdir))
+    return _run(options, overrides, ["transfer-jax", "run"])
+
+
+def main_local(argv: Sequence[str] | None = None) -> int:
+    """Runs ``python -m launch.local`` and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.local",
+        description="Runs the experiment of a config on this machine, or resumes it.",
+        epilog=_OVERRIDES_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:VARIANT]", help="config file, or a config's name"
+    )
+    _add_run_options(parser)
+    arguments, overrides = _split_overrides(parser, arguments)
+    return _run(parser.parse_args(arguments), overrides, ["python", "-m", "launch.local"])
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    def positive(text: str) -> int:
+        value = int(text)
+        if value < 1:
+            raise argparse.ArgumentTypeError(f"{value} is less than 1")
+        return value
+
+    parser.add_argument("--workdir", type=Path, help="default: runs/NAME-VARIANT")
+    parser.add_argument(
+        "--processes", type=positive, default=1, metavar="N",
+        help="run N processes on this machine, one job together; on GPU machines each gets its "
+        "share of the GPUs",
+    )  # fmt: skip
+    parser.add_argument("--platform", choices=["cpu", "gpu", "tpu"], help="default: what JAX finds")
+    parser.add_argument(
+        "--devices", type=positive, metavar="N", help="N virtual CPU devices in each process"
+    )
+    parser.add_argument(
+        "--distributed", action="store_true",
+        help="join the processes that a TPU pod, Slurm, Open MPI or GKE has started, as JAX "
+        "detects them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true",
+        help="print the resolved config, work directory and processes, and compute nothing",
+    )  # fmt: skip
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of all errors")
+    # Set for the processes of --processes: the command that the user typed.
+    parser.add_argument("--launched_by", help=argparse.SUPPRESS)
+
+
+def _split_overrides(
+    parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[list[str], list[str]]:
+    """Takes ``--config.key=value`` and ``--config.key value`` out of the arguments."""
+    rest, overrides = [], []
+    prefix = "--config."
+    position = iter(arguments)
+    for argument in position:
+        if not argument.startswith(prefix):
+            rest.append(argument)
+            continue
+        override = argument.removeprefix(prefix)
+        if "=" not in override:
+            value = next(position, None)
+            if value is None or value.startswith("--"):
+                parser.error(f"{argument} has no value: write {argument}=VALUE")
+            override = f"{override}={value}"
+        overrides.append(override)
+    return rest, overrides
+
+
+# -- run ------------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace, overrides: list[str], program: list[str]) -> int:
+    if options.devices and options.platform not in (None, "cpu"):
+        _error("--devices makes virtual CPU devices; it goes with --platform=cpu only.")
+        return USAGE
+    if options.processes > 1 and options.distributed:
+        _error("--processes starts processes itself, --distributed joins those of a cluster.")
+        return USAGE
+    _set_platform(options.platform, options.devices)
+
+    resolved: list[Any] = []
+
+    def resolve() -> int:
+        spec = configuration.find_config(options.config)
+        config = configuration.apply_overrides(configuration.load_config(options.config), overrides)
+        workdir = options.workdir or Path("runs", "-".join(filter(None, spec[1:])))
+        gpus = _gpus_per_process(options) if options.processes > 1 else None
+        resolved.extend([config, workdir, gpus])
+        return OK
+
+    code = _guarded(options.debug, resolve, failed=USAGE)
+    if code != OK:
+        return code
+    config, workdir, gpus = resolved
+
+    arguments = [f"--workdir={workdir}", *(f"--config.{o}" for o in overrides)]
+    arguments += [f"--platform={options.platform}"] if options.platform else []
+    arguments += [f"--devices={options.devices}"] if options.devices else []
+    arguments += ["--debug"] if options.debug else []
+    if program[0] == "transfer-jax":
+        command = [*program, options.config, *arguments]
+    else:
+        command = [*program, f"--config={options.config}", *arguments]
+    command += [f"--processes={options.processes}"] if options.processes > 1 else []
+    command += ["--distributed"] if options.distributed else []
+    typed = options.launched_by or shlex.join(command)
+
+    if options.dry_run:
+        return _dry_run(options, config, workdir, gpus)
+    if options.processes > 1:
+        child = [sys.executable, "-m", "transfer_jax.cli", "run", options.config, *arguments]
+        return _run_processes([*child, f"--launched_by={typed}"], options.processes, gpus)
+    if options.launched_by:
+        _stop_with_parent()
+    code = _guarded(options.debug, lambda: _run_job(options, config, workdir, typed))
+    if code not in (OK, PREEMPTED):
+        _leave_job(code)
+    return code
+
+
+def _set_platform(platform: str | None, devices: int | None) -> None:
+    """Tells JAX by environment variables, which it reads when it starts its backend."""
+    if devices:
+        flag = "--xla_force_host_platform_device_count"
+        others = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(flag)]
+        os.environ["XLA_FLAGS"] = " ".join([*others, f"{flag}={devices}"])
+        platform = "cpu"
+    if platform:
+        os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(platform, platform)
+
+
+def _run_job(options: argparse.Namespace, config: Any, workdir: Path, command: str) -> int:
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    from transfer_jax.training import distributed
+
+    distributed.initialize(detect=options.distributed)
+
+    from transfer_jax.training import Experiment
+    from transfer_jax.training.fit import Preempted
+    from transfer_jax.training.report import print_results
+
+    try:
+        experiment = Experiment(config, workdir)
+        experiment.run()
+        report = experiment.report()
+    except Preempted as stop:
+        if distributed.is_primary():
+            _say(f"{stop}\nTo resume, run the same command again:\n  {command}")
+        return PREEMPTED
+    if distributed.is_primary():
+        print_results(_read_results(workdir))
+        print(f"report: {report}", flush=True)
+    return OK
+
+
+def _read_results(workdir: Path) -> dict[str, Any]:
+    path = workdir / "results.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _dry_run(
+    options: argparse.Namespace, config: Any, workdir: Path, gpus: list[str] | None
+) -> int:
+    print(configuration.config_to_json(config), end="")
+    print(f"workdir: {workdir}{' (exists: the run would resume)' if workdir.exists() else ''}")
+    if options.distributed:
+        print("processes: those of the cluster, as JAX detects them")
+    else:
+        print(f"processes: {options.processes}")
+    devices = "what JAX finds"
+    if options.devices:
+        devices = f"{options.devices} virtual CPU device{'s' * (options.devices > 1)}"
+    elif options.platform:
+        devices = f"all {options.platform.upper()} devices"
+    if gpus:
+        devices = "; ".join(f"process {i}: GPU {ids}" for i, ids in enumerate(gpus))
+    print(f"devices of each process: {devices}" if not gpus else f"devices: {devices}")
+    print("dry run: nothing was computed or written")
+    return OK
+
+
+# -- several processes on this machine ------------------------------------------------------------
+
+
+def _gpus_per_process(options: argparse.Namespace) -> list[str] | None:
+    """The CUDA_VISIBLE_DEVICES of each process, None where JAX would not use GPUs."""
+    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
+        return None
+    if not any(find_spec(plugin) for plugin in plugins):
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        ids = [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    else:
+        ids = [i for i in visible.split(",") if i]
+    if not ids:
+        return None
+    count = options.processes
+    if len(ids) % count:
+        raise ConfigError(
+            f"--processes={count} does not divide the {len(ids)} GPU(s) of this machine evenly; "
+            "choose another number, or --platform=cpu."
+        )
+    share = len(ids) // count
+    return [",".join(ids[i * share : (i + 1) * share]) for i in range(count)]
+
+
+def _run_processes(command: list[str], count: int, gpus: list[str] | None) -> int:
+    """Runs the command ``count`` times as one job and returns one exit code for all.
+
+    SIGTERM and Ctrl-C are passed on; a second one kills. If one process fails the others are ended.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    signals: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda n, _frame: signals.append(n))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    processes: list[subprocess.Popen[str]] = []
+    tails: list[collections.deque[str]] = [collections.deque(maxlen=20) for _ in range(count)]
+    readers: list[threading.Thread] = []
+    try:
+        for i in range(count):
+            environment = {
+                **os.environ,
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_COORDINATOR_BIND_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(i),
+                "PYTHONUNBUFFERED": "1",
+            }
+            if gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = gpus[i]
+            # A session of its own: Ctrl-C in the terminal reaches the process through us alone.
+            # We never write to its input; its end tells the process that we are gone.
+            process = subprocess.Popen(
+                command, env=environment, start_new_session=True, text=True, errors="replace",
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )  # fmt: skip
+            processes.append(process)
+            for source, sink in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+                reader = threading.Thread(
+                    target=_copy_lines, args=(source, sink, f"[{i}] ", tails[i]), daemon=True
+                )
+                reader.start()
+                readers.append(reader)
+        first = _wait(processes, signals)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for reader in readers:
+            reader.join(timeout=5)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    codes = [process.returncode for process in processes]
+    if first is None:
+        return PREEMPTED if PREEMPTED in codes else OK
+    code = codes[first]
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    last = "".join(f"  {line}\n" for line in tails[first]) or "  (it wrote nothing)\n"
+    _say(f"process {first} of {count} {how}, the others were ended. Its last lines:\n{last}")
+    return 128 - code if code < 0 else code
+
+
+def _wait(processes: list[subprocess.Popen[str]], signals: list[int]) -> int | None:
+    """Waits for all processes; returns which one failed first, None if none did."""
+    failed: int | None = None
+    passed_on = 0
+    deadline = float("inf")
+    while any(process.poll() is None for process in processes):
+        if len(signals) > passed_on:
+            passed_on += 1
+            if passed_on == 1:
+                _say("asked to stop: the processes save a checkpoint and end; once more kills them")
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM if passed_on == 1 else signal.SIGKILL)
+        if failed is None:
+            failed = _first_failed(processes)
+            if failed is not None:
+                deadline = time.monotonic() + _KILL_AFTER
+                for process in processes:
+                    if process.poll() is None:
+                        process.terminate()
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+    return _first_failed(processes) if failed is None else failed
+
+
+def _first_failed(processes: list[subprocess.Popen[str]]) -> int | None:
+    bad = [i for i, p in enumerate(processes) if p.poll() not in (None, OK, PREEMPTED)]
+    return bad[0] if bad else None
+
+
+def _copy_lines(source: IO[str], sink: IO[str], prefix: str, tail: collections.deque[str]) -> None:
+    for line in source:
+        line = line.rstrip("\n")
+        tail.append(line)
+        sink.write(f"{prefix}{line}\n")
+        sink.flush()
+
+
+def _stop_with_parent() -> None:
+    """Asks this process to stop when the one that launched it is gone, however it went."""
+
+    def watch() -> None:
+        sys.stdin.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _leave_job(code: int) -> None:
+    """Ends a failed process of a job of several at once.
+
+    An ordinary exit waits for the others, who wait in a collective for this one.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+# -- list and report ------------------------------------------------------------------------------
+
+
+def _list() -> int:
+    configs = configuration.list_configs()
+    if not configs:
+        print(f"no configs in {configuration.config_directory()}")
+    for name, info in configs.items():
+        print(f"{name}: {info.summary}" if info.summary else name)
+        width = max(map(len, info.variants), default=0) + len(name) + 1
+        for variant, summary in info.variants.items():
+            print(f"  {f'{name}:{variant}'.ljust(width)}  {summary}")
+    return OK
+
+
+def _report(workdir: Path) -> int:
+    from transfer_jax.training.report import print_results, write_report
+
+    path = write_report(workdir)
+    print_results(_read_results(workdir))
+    print(f"report: {path}")
+    return OK
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+def _guarded(debug: bool, call: Callable[[], int], failed: int = FAILED) -> int:
+    """Runs ``call``; errors that are the user's are one paragraph, others keep their traceback."""
+    try:
+        return call()
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except Exception as error:
+        if debug or not _is_for_the_user(error):
+            traceback.print_exc()
+            return FAILED
+        _error(str(error))
+        return failed
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether the message alone says what to do.
+
+    True for what the operating system refused, and for what this package (or a config file) has
+    raised on purpose: by a ``raise`` statement, not from within a library or by a bug.
+    """
+    if isinstance(error, OSError):
+        return True
+    if not isinstance(error, (ValueError, ArithmeticError, RuntimeError, ImportError)):
+        return False
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(transfer_jax.__file__).parent, configuration.config_directory()
+    return any(Path(frame.filename).is_relative_to(p) for p in ours) and (
+        frame.line or ""
+    ).startswith("raise")
+
+
+def _error(text: str) -> None:
+    _say(f"error: {text}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
