@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from transfer_jax.ops.fft_conv import irfft
+from transfer_jax.ops.fft_conv import fft_convolve, irfft
 
 Array = jax.Array
 
@@ -324,43 +324,6 @@ def diagonal_system(dt: Array, lam: Array, b: Array, c: Array, method: str = "zo
     return Discrete(ab, bb, 2 * c, none, none)
 
 
-def step(system: Discrete, x: Array, u: Array) -> tuple[Array, Array]:
-    """One step of the recurrence.
-
-    Args:
-      system: the discrete matrices.
-      x: complex [B, H, M].
-      u: real [B, H].
-
-    Returns:
-      ``y`` [B, V, H] and the next state [B, H, M].
-    """
-    new = system.a * x + system.b * u[..., None]
-    for g, q in zip(system.g, system.q):
-        new = new - g * jnp.sum(q * x, axis=-1, keepdims=True).real
-    return jnp.sum(system.c * new[:, None], axis=-1).real, new
-
-
-def recurrence(system: Discrete, u: Array, x: Array) -> tuple[Array, Array]:
-    """Runs ``step`` over a whole signal with ``lax.scan``.
-
-    Args:
-      system: the discrete matrices.
-      u: real [B, L, H].
-      x: complex [B, H, M], the state before the first step.
-
-    Returns:
-      ``y`` [B, L, V, H] and the last state.
-    """
-
-    def body(x, u):
-        y, x = step(system, x, u)
-        return x, y
-
-    x, y = lax.scan(body, x, jnp.moveaxis(u, 1, 0))
-    return jnp.moveaxis(y, 0, 1), x
-
-
 class Dense(NamedTuple):
     """A discrete system in real coordinates: ``x <- a x + b u``, ``y = c x``.
 
@@ -373,6 +336,70 @@ class Dense(NamedTuple):
     a: Array
     b: Array
     c: Array
+
+
+class Taps(NamedTuple):
+    """A kernel without state space; its state is the last K inputs, newest first.
+
+    Attributes:
+      k: real [V, H, K].
+    """
+
+    k: Array
+
+
+System = Discrete | Dense | Taps
+
+
+def zero_state(system: System, batch: int) -> Array:
+    """The state before the first input: [B, H, M] complex, or real for ``Dense`` and ``Taps``."""
+    if isinstance(system, Taps):
+        return jnp.zeros((batch, *system.k.shape[1:]), system.k.dtype)
+    return jnp.zeros((batch, *system.b.shape), system.b.dtype)
+
+
+def step(system: System, x: Array, u: Array) -> tuple[Array, Array]:
+    """One step of the recurrence.
+
+    Args:
+      system: the discrete matrices.
+      x: state, as ``zero_state`` shapes it.
+      u: real [B, H].
+
+    Returns:
+      ``y`` [B, V, H] and the next state.
+    """
+    if isinstance(system, Taps):
+        new = jnp.concatenate([u[..., None], x[..., :-1]], axis=-1)
+        return jnp.einsum("vhk,bhk->bvh", system.k, new, precision=HIGHEST), new
+    if isinstance(system, Dense):
+        new = jnp.einsum("hnm,bhm->bhn", system.a, x, precision=HIGHEST)
+        new = new + system.b * u[..., None]
+        return jnp.einsum("vhn,bhn->bvh", system.c, new, precision=HIGHEST), new
+    new = system.a * x + system.b * u[..., None]
+    for g, q in zip(system.g, system.q):
+        new = new - g * jnp.sum(q * x, axis=-1, keepdims=True).real
+    return jnp.sum(system.c * new[:, None], axis=-1).real, new
+
+
+def recurrence(system: System, u: Array, x: Array) -> tuple[Array, Array]:
+    """Runs ``step`` over a whole signal with ``lax.scan``.
+
+    Args:
+      system: the discrete matrices.
+      u: real [B, L, H].
+      x: the state before the first step.
+
+    Returns:
+      ``y`` [B, L, V, H] and the last state.
+    """
+
+    def body(x, u):
+        y, x = step(system, x, u)
+        return x, y
+
+    x, y = lax.scan(body, x, jnp.moveaxis(u, 1, 0))
+    return jnp.moveaxis(y, 0, 1), x
 
 
 def to_real(x: Array) -> Array:
@@ -510,18 +537,7 @@ def to_blocks(dense: Dense, block: int) -> Blocks:
     return Blocks(toeplitz, watch, jnp.flip(reach, -1), jnp.linalg.matrix_power(dense.a, block))
 
 
-def chunked(dense: Dense, u: Array, x: Array, *, block: int = 64) -> tuple[Array, Array]:
-    """Convolves a signal block by block, carrying the state: outputs and state hand-over in one.
-
-    Args:
-      dense: the system in real coordinates.
-      u: real [B, L, H].
-      x: real [B, H, N], the state before the first step.
-      block: steps per block.
-
-    Returns:
-      ``y`` [B, L, V, H] and the state after L steps.
-    """
+def _chunked_dense(dense: Dense, u: Array, x: Array, block: int) -> tuple[Array, Array]:
     batch, length, features = u.shape
     block = min(block, length)
     count, rest = divmod(length, block)
@@ -541,3 +557,28 @@ def chunked(dense: Dense, u: Array, x: Array, *, block: int = 64) -> tuple[Array
         x, tail = apply(to_blocks(dense, rest), x, u[:, count * block :])
         y = jnp.concatenate([y, tail], axis=1)
     return y, x
+
+
+def chunked(system: System, u: Array, x: Array, *, block: int = 64) -> tuple[Array, Array]:
+    """Convolves a signal block by block, carrying the state: outputs and state hand-over in one.
+
+    Equal to ``recurrence``, with matrix products over ``block`` steps in place of single steps.
+
+    Args:
+      system: the discrete matrices.
+      u: real [B, L, H], L >= 1.
+      x: the state before the first step, as ``zero_state`` shapes it.
+      block: steps per block.
+
+    Returns:
+      ``y`` [B, L, V, H] and the state after L steps.
+    """
+    if isinstance(system, Taps):
+        size = x.shape[-1]
+        signal = jnp.concatenate([jnp.flip(x, -1), jnp.moveaxis(u, 1, -1)], axis=-1)
+        y = fft_convolve(signal[:, None], system.k)[..., size:]
+        return jnp.moveaxis(y, -1, 1), jnp.flip(signal[..., -size:], -1)
+    if isinstance(system, Dense):
+        return _chunked_dense(system, u, x, block)
+    y, x = _chunked_dense(dense_form(system), u, to_real(x), block)
+    return y, to_complex(x)

@@ -1,0 +1,256 @@
+"""Attention: multi-head with optional rotary positions and a KV cache, and linear attention."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+
+def rotate(x: Array, positions: Array, base: float = 10_000.0) -> Array:
+    """Rotary position embedding (Su et al. 2021), the two halves of the head paired.
+
+    Args:
+      x: [B, L, heads, D], D even.
+      positions: int [L] or [B, L].
+      base: the slowest wavelength is about ``2 pi base``.
+
+    Returns:
+      as ``x``.
+    """
+    half = x.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[..., None, None] * frequencies
+    sine, cosine = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+class KVCache(NamedTuple):
+    """Keys and values seen so far.
+
+    Attributes:
+      key: [B, max_length, heads, D].
+      value: [B, max_length, heads, D].
+      index: int32 scalar, how many are filled.
+    """
+
+    key: Array
+    value: Array
+    index: Array
+
+
+class Attention(nn.Module):
+    """Multi-head scaled dot-product attention.
+
+    Attributes:
+      features: H, width of the output.
+      num_heads: divides H.
+      causal: each position sees itself and what comes before.
+      rotary: rotate queries and keys by their position.
+      use_bias: in the projections.
+      dtype: of the projections and products; the softmax runs in float32.
+    """
+
+    features: int
+    num_heads: int = 4
+    causal: bool = False
+    rotary: bool = False
+    use_bias: bool = True
+    dtype: Any = None
+
+    def setup(self):
+        if self.features % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide features={self.features}")
+        head = (self.num_heads, self.features // self.num_heads)
+        if self.rotary and head[1] % 2:
+            raise ValueError(f"rotary positions need an even head width, got {head[1]}")
+        options = {"use_bias": self.use_bias, "dtype": self.dtype}
+        self.query = nn.DenseGeneral(head, **options)
+        self.key = nn.DenseGeneral(head, **options)
+        self.value = nn.DenseGeneral(head, **options)
+        self.out = nn.DenseGeneral(self.features, axis=(-2, -1), **options)
+
+    def _project(self, inputs: Array, context: Array, start: Array | int) -> tuple[Array, ...]:
+        query, key, value = self.query(inputs), self.key(context), self.value(context)
+        if self.rotary:
+            query = rotate(query, start + jnp.arange(query.shape[1]))
+            key = rotate(key, start + jnp.arange(key.shape[1]))
+        return query, key, value
+
+    def __call__(
+        self,
+        inputs: Array,
+        context: Array | None = None,
+        *,
+        lengths: Array | None = None,
+        bias: Array | None = None,
+        mask: Array | None = None,
+        train: bool = False,
+    ) -> Array:
+        """Attends from ``inputs`` to ``context``.
+
+        Args:
+          inputs: [B, L, H].
+          context: [B, S, H'] for cross attention; None = ``inputs``.
+          lengths: int [B], valid positions of what is attended to.
+          bias: added to the scaled products, broadcastable to [B, heads, L, S].
+          mask: bool, broadcastable to [B, heads, L, S]; False is not seen.
+          train: not used, nothing is random here.
+
+        Returns:
+          [B, L, H].
+        """
+        del train
+        query, key, value = self._project(inputs, inputs if context is None else context, 0)
+        y = jax.nn.dot_product_attention(
+            query, key, value, bias, mask, is_causal=self.causal, key_value_seq_lengths=lengths
+        )
+        return self.out(y)
+
+    def discretise(self, mode: str | None = None) -> None:
+        """No matrices to prepare for decoding; see ``S4Layer.discretise``."""
+        if not self.causal:
+            raise ValueError("attention that is not causal cannot decode step by step")
+
+    def prefill(
+        self, inputs: Array, system: None, state: KVCache | None = None, max_length: int = 0
+    ) -> tuple[Array, KVCache]:
+        """Outputs for a prefix or chunk [B, L, H], and the cache after it.
+
+        Args:
+          inputs: [B, L, H].
+          system: None.
+          state: the cache before; None = an empty one of ``max_length`` (at least L) positions.
+          max_length: how long the sequence will become.
+        """
+        del system
+        batch, length = inputs.shape[:2]
+        start = 0 if state is None else state.index
+        query, key, value = self._project(inputs, inputs, start)
+        if state is None:
+            shape = (batch, max(max_length, length), *key.shape[2:])
+            state = KVCache(jnp.zeros(shape, key.dtype), jnp.zeros(shape, key.dtype), jnp.int32(0))
+            # Nothing before: what is still empty in the cache need not be scored.
+            y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+            return self.out(y), self._append(state, key, value)
+        state = self._append(state, key, value)
+        seen = jnp.arange(state.key.shape[1]) <= start + jnp.arange(length)[:, None]
+        y = jax.nn.dot_product_attention(query, state.key, state.value, mask=seen[None, None])
+        return self.out(y), state
+
+    @staticmethod
+    def _append(state: KVCache, key: Array, value: Array) -> KVCache:
+        zero = jnp.zeros_like(state.index)
+        at = (zero, state.index, zero, zero)
+        return KVCache(
+            lax.dynamic_update_slice(state.key, key, at),
+            lax.dynamic_update_slice(state.value, value, at),
+            state.index + key.shape[1],
+        )
+
+    def step(self, inputs: Array, state: KVCache, system: None = None) -> tuple[Array, KVCache]:
+        """One token [B, H] against the cache; the cost grows with ``max_length``."""
+        y, state = self.prefill(inputs[:, None], system, state)
+        return y[:, 0], state
+
+
+class LinearAttentionState(NamedTuple):
+    """Running sums over the past.
+
+    Attributes:
+      outer: float32 [B, heads, D, D], sum of key-value outer products.
+      key: float32 [B, heads, D], sum of keys.
+    """
+
+    outer: Array
+    key: Array
+
+
+class LinearAttention(nn.Module):
+    """Causal attention with the feature map elu + 1 in place of the softmax.
+
+    Katharopoulos et al. (2020). Linear in the length, constant state.
+
+    Attributes:
+      features: H.
+      num_heads: divides H.
+      chunk_size: positions that attend to each other directly; older ones through the state.
+      dtype: of the projections; the sums run in float32.
+    """
+
+    features: int
+    num_heads: int = 4
+    chunk_size: int = 64
+    dtype: Any = None
+
+    def setup(self):
+        if self.features % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide features={self.features}")
+        head = (self.num_heads, self.features // self.num_heads)
+        self.query = nn.DenseGeneral(head, dtype=self.dtype)
+        self.key = nn.DenseGeneral(head, dtype=self.dtype)
+        self.value = nn.DenseGeneral(head, dtype=self.dtype)
+        self.out = nn.DenseGeneral(self.features, axis=(-2, -1), dtype=self.dtype)
+
+    def __call__(
+        self, inputs: Array, *, lengths: Array | None = None, train: bool = False
+    ) -> Array:
+        """Maps [B, L, H] to [B, L, H]; causal, so padding after ``lengths`` reaches no output."""
+        del lengths, train
+        return self.prefill(inputs)[0]
+
+    def discretise(self, mode: str | None = None) -> None:
+        """No matrices to prepare for decoding; see ``S4Layer.discretise``."""
+
+    def prefill(
+        self,
+        inputs: Array,
+        system: None = None,
+        state: LinearAttentionState | None = None,
+        max_length: int = 0,
+    ) -> tuple[Array, LinearAttentionState]:
+        """Outputs for a prefix or chunk [B, L, H], and the sums after it."""
+        del system, max_length
+        batch, length = inputs.shape[:2]
+        query = (nn.elu(self.query(inputs)) + 1).astype(jnp.float32)
+        key = (nn.elu(self.key(inputs)) + 1).astype(jnp.float32)
+        value = self.value(inputs).astype(jnp.float32)
+        if state is None:
+            heads, width = query.shape[2:]
+            outer = jnp.zeros((batch, heads, width, width), jnp.float32)
+            state = LinearAttentionState(outer, jnp.zeros((batch, heads, width), jnp.float32))
+        size = min(self.chunk_size, length)
+        count = -(-length // size)
+
+        def split(x):  # Padding with zeros: such keys add nothing.
+            x = jnp.pad(x, ((0, 0), (0, count * size - length), (0, 0), (0, 0)))
+            return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
+
+        def body(state, chunk):
+            query, key, value = chunk
+            scores = jnp.einsum("blhd,bshd->bhls", query, key)
+            scores = jnp.where(jnp.tri(size, dtype=bool), scores, 0)
+            top = jnp.einsum("bhls,bshd->blhd", scores, value)
+            top += jnp.einsum("blhd,bhde->blhe", query, state.outer)
+            bottom = jnp.moveaxis(scores.sum(-1), 1, 2)
+            bottom += jnp.einsum("blhd,bhd->blh", query, state.key)
+            state = LinearAttentionState(
+                state.outer + jnp.einsum("bshd,bshe->bhde", key, value), state.key + key.sum(1)
+            )
+            return state, top / jnp.maximum(bottom, 1e-6)[..., None]
+
+        state, y = lax.scan(body, state, (split(query), split(key), split(value)))
+        y = jnp.moveaxis(y, 0, 1).reshape(batch, count * size, *query.shape[2:])[:, :length]
+        return self.out(y.astype(self.dtype or inputs.dtype)), state
+
+    def step(
+        self, inputs: Array, state: LinearAttentionState, system: None = None
+    ) -> tuple[Array, LinearAttentionState]:
+        """One token [B, H] to [B, H] and the next sums, at constant cost."""
+        y, state = self.prefill(inputs[:, None], system, state)
+        return y[:, 0], state
