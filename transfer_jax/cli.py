@@ -216,27 +216,21 @@ def _run_job(options: argparse.Namespace, config: Any, workdir: Path, command: s
 
     distributed.initialize(detect=options.distributed)
 
-    from transfer_jax.training import Experiment
-    from transfer_jax.training.fit import Preempted
+    from transfer_jax.training import Experiment, Preempted
     from transfer_jax.training.report import print_results
 
     try:
         experiment = Experiment(config, workdir)
-        experiment.run()
-        report = experiment.report()
+        results = experiment.run()
     except Preempted as stop:
         if distributed.is_primary():
             _say(f"{stop}\nTo resume, run the same command again:\n  {command}")
         return PREEMPTED
     if distributed.is_primary():
-        print_results(_read_results(workdir))
+        report = experiment.report()
+        print_results(results)
         print(f"report: {report}", flush=True)
     return OK
-
-
-def _read_results(workdir: Path) -> dict[str, Any]:
-    path = workdir / "results.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _dry_run(
@@ -430,7 +424,9 @@ def _report(workdir: Path) -> int:
     from transfer_jax.training.report import print_results, write_report
 
     path = write_report(workdir)
-    print_results(_read_results(workdir))
+    results = workdir / "results.json"
+    if results.exists():
+        print_results(json.loads(results.read_text()))
     print(f"report: {path}")
     return OK
 

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from transfer_jax.training.files import write_text
+
 logger = logging.getLogger(__name__)
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -74,7 +76,7 @@ class MetricWriter:
         kept = [
             r for r in read_metrics(path) if resume_step is not None and r["step"] <= resume_step
         ]
-        _replace(path, (_json_line(record) for record in kept))
+        write_text(path, "".join(map(_json_line, kept)))
 
         self._sinks: dict[str, _Sink] = {"metrics.jsonl": _JsonLines(path)}
         self._open("metrics.csv", lambda: _Csv(directory / "metrics.csv", path))
@@ -157,16 +159,6 @@ def _json_line(record: Mapping[str, Any]) -> str:
     return json.dumps({k: plain(v) for k, v in record.items()}, allow_nan=False) + "\n"
 
 
-def _replace(path: Path, lines: Iterable[str]) -> None:
-    """Replaces a text file in one step: a reader, or a kill, sees the old or the new one."""
-    temporary = path.with_name(path.name + ".new")
-    with open(temporary, "w", newline="") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 class _JsonLines:
     def __init__(self, path: Path):
         self._file: TextIO = open(path, "a")  # noqa: SIM115
@@ -194,7 +186,7 @@ class _Csv:
         records = read_metrics(self._source)
         self._columns = list(dict.fromkeys([*self._columns, *(k for r in records for k in r)]))
         rows = ([record.get(c, "") for c in self._columns] for record in records)
-        _replace(self._path, _csv_lines([self._columns, *rows]))
+        write_text(self._path, "".join(_csv_lines([self._columns, *rows])))
         self._file: TextIO = open(self._path, "a", newline="")  # noqa: SIM115
 
     def write(self, step: int, values: dict[str, float]) -> None:
