@@ -48,9 +48,8 @@ def initialize(
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     process_count = _from_environment(process_count, "JAX_NUM_PROCESSES")
     process_id = _from_environment(process_id, "JAX_PROCESS_ID")
-    # Without a name for it, XLA has no collectives between processes on CPU.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if detect:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
         _say("joining the processes of this job as JAX detects them")
         jax.distributed.initialize(
             coordinator, process_count, process_id, initialization_timeout=timeout
@@ -84,6 +83,7 @@ def initialize(
     else:
         _say(f"{who}: waits up to {timeout} s for the coordinator at {coordinator}")
         _wait_for(coordinator, who, timeout)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         coordinator, process_count, process_id,
         cluster_detection_method="deactivate", initialization_timeout=timeout,
