@@ -26,7 +26,9 @@ class Normed(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(nn.Dense(8)(x))
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(
+            nn.Dense(8, use_bias=False)(x)
+        )
         return nn.Dense(4, name="head")(x)
 
 

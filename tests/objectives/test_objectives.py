@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import toy
 
+from tests import toy
 from transfer_jax import trees
 from transfer_jax.objectives import (
     Classification,
@@ -114,7 +114,9 @@ def test_label_smoothing_counts_in_training_only(task, variables, batch):
     assert float(smooth.loss(variables, batch, None)[0]) == float(
         task.loss(variables, batch, None)[0]
     )
-    assert float(smooth.loss(variables, batch, KEY)[0]) != float(task.loss(variables, batch, KEY)[0])
+    assert float(smooth.loss(variables, batch, KEY)[0]) != float(
+        task.loss(variables, batch, KEY)[0]
+    )
 
 
 class Bigram(nn.Module):
@@ -144,7 +146,9 @@ def test_next_token_counts_exactly_the_valid_targets():
     assert float(aux.weight) == len(expected)
     np.testing.assert_allclose(aux.metrics["bits"].value(), loss / np.log(2), rtol=1e-6)
     direct = NextToken(module=Bigram(), use_nll=True)
-    np.testing.assert_allclose(direct.loss(direct.init(KEY, batch), batch, None)[0], loss, rtol=1e-6)
+    np.testing.assert_allclose(
+        direct.loss(direct.init(KEY, batch), batch, None)[0], loss, rtol=1e-6
+    )
     with pytest.raises(ValueError, match="windows of at least two"):
         task.loss(variables, {"inputs": tokens[:, :1]}, None)
 

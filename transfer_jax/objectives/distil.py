@@ -4,8 +4,15 @@ import jax
 
 from transfer_jax.objectives import losses
 from transfer_jax.objectives.base import (
-    Array, Aux, Batch, Mean, Objective, PyTree, Transformed, Variables,
-)  # fmt: skip
+    Array,
+    Aux,
+    Batch,
+    Mean,
+    Objective,
+    PyTree,
+    Transformed,
+    Variables,
+)
 from transfer_jax.objectives.tasks import example_mask
 
 

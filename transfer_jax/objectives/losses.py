@@ -46,7 +46,8 @@ def squared_error(predictions: Array, targets: Array) -> Array:
     """Squared error averaged over all axes but the first: [B, ...] and [B, ...] to [B] float32."""
     if predictions.shape != targets.shape:
         raise ValueError(
-            f"predictions have shape {predictions.shape} and targets {targets.shape}; they must agree."
+            f"predictions have shape {predictions.shape} and targets {targets.shape}; they must "
+            "agree."
         )
     error = jnp.square(predictions.astype(jnp.float32) - targets.astype(jnp.float32))
     return error.reshape(error.shape[0], -1).mean(axis=-1)

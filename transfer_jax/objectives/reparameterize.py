@@ -73,8 +73,8 @@ class LowRank(ReparameterizedObjective):
     """LoRA in weight space: ``W = W0 + (alpha / rank) a b`` (Hu et al. 2022, section 4.1).
 
     The parameters are ``{"factors": ..., "full": ...}``: the factors of the adapted matrices, and
-    leaves trained in full, such as a new head. ``b`` starts at zero, so training starts at ``base``.
-    Build with ``LowRank.of``.
+    leaves trained in full, such as a new head. ``b`` starts at zero, so training starts at
+    ``base``. Build with ``LowRank.of``.
 
     Attributes:
       inner: the objective.
@@ -119,9 +119,13 @@ class LowRank(ReparameterizedObjective):
         base = params
         if train is not None:
             full, base = trees.partition(params, train)
-            both = sorted(set(trees.paths(full)) & set(trees.paths(trees.partition(params, adapted)[0])))
+            both = sorted(
+                set(trees.paths(full)) & set(trees.paths(trees.partition(params, adapted)[0]))
+            )
             if both:
-                raise ValueError(f"{both[:5]} are both adapted (where) and trained in full (train).")
+                raise ValueError(
+                    f"{both[:5]} are both adapted (where) and trained in full (train)."
+                )
         scale = 1.0 if alpha is None else alpha / rank
         return cls(inner=inner, base=base, scale=scale, where=patterns, rank=rank)
 
@@ -143,8 +147,8 @@ def _without(tree: PyTree, carried: PyTree) -> PyTree:
     known, held = trees.paths(tree), set(trees.paths(carried))
     if unknown := sorted(held - set(known)):
         raise ValueError(
-            f"the carried leaves {unknown[:5]} are not parameters of the inner objective, which has "
-            f"{known[:8]}."
+            f"the carried leaves {unknown[:5]} are not parameters of the inner objective, which "
+            f"has {known[:8]}."
         )
     return jax.tree_util.tree_map_with_path(
         lambda kp, x: None if trees.path_str(kp) in held else x, tree

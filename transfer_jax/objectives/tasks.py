@@ -41,7 +41,11 @@ class ModuleObjective(Objective):
         args, kwargs = self._arguments(batch, train=False)
         collections = dict(
             self.module.init(
-                {"params": params_key, "dropout": dropout_key}, *args, *extra, method=method, **kwargs
+                {"params": params_key, "dropout": dropout_key},
+                *args,
+                *extra,
+                method=method,
+                **kwargs,
             )
         )
         return Variables(collections.pop("params", {}), collections)
@@ -114,9 +118,7 @@ class Classification(ModuleObjective):
         mask = example_mask(batch, labels.shape[0])
         nll = losses.cross_entropy(logits, labels)
         smoothing = 0.0 if rng is None else self.label_smoothing
-        objective = Mean.of(
-            losses.cross_entropy(logits, labels, label_smoothing=smoothing), mask
-        )
+        objective = Mean.of(losses.cross_entropy(logits, labels, label_smoothing=smoothing), mask)
         correct = jnp.argmax(logits, axis=-1) == labels
         metrics = {"nll": Mean.of(nll, mask), "accuracy": Mean.of(correct, mask)}
         return objective.value(), Aux(state, metrics, objective.weight, logits)

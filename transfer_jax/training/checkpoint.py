@@ -49,7 +49,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, items: dict[str, PyTree], meta: dict[str, Any]) -> None:
-        """Saves in the background; arrays are copied before this returns, so they may be donated."""
+        """Saves in the background; arrays are copied before this returns and may be donated."""
         if step in self.steps():
             return
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}

@@ -113,8 +113,8 @@ def base_config(recipe: str) -> ml_collections.ConfigDict:
     """Returns the settings that every experiment has, for a config file to extend.
 
     ``seed``; ``mesh`` (sizes of the axes ``data``, ``fsdp``, ``model``; -1 = what is left);
-    ``sharding`` (``rules``: ordered pairs of a path regex and a tuple of mesh axes, None or tuples of
-    them; ``min_size``: smaller leaves stay whole); ``logging.wandb_project`` ('' = no W&B).
+    ``sharding`` (``rules``: ordered pairs of a path regex and a tuple of mesh axes, None or tuples
+    of them; ``min_size``: smaller leaves stay whole); ``logging.wandb_project`` ('' = no W&B).
 
     Args:
       recipe: module of ``transfer_jax.papers`` whose ``recipe`` runs the experiment, or
@@ -161,7 +161,9 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
 
 
 def _default(f: dataclasses.Field) -> Any:
-    return f.default_factory() if f.default is dataclasses.MISSING else f.default  # type: ignore[misc]
+    if f.default_factory is not dataclasses.MISSING:
+        return f.default_factory()
+    return f.default
 
 
 def _typed(value: Any, default: Any, name: str) -> Any:

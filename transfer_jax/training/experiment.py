@@ -123,14 +123,13 @@ class Experiment:
           objective, train, evaluate: see ``training.fit``.
           config: a ``FitConfig``, or the part of the experiment's config that holds one.
         """
-        if not isinstance(config, FitConfig):
-            config = from_dict(FitConfig, dict(config))
+        settings = config if isinstance(config, FitConfig) else from_dict(FitConfig, config)
         project = self.config.get("logging", {}).get("wandb_project", "")
         wandb = {"project": project, "name": f"{self.workdir.name}/{name}"} if project else None
         return loop.fit(
             objective,
             train,
-            config,
+            settings,
             layout=self.layout,
             evaluate=evaluate,
             workdir=self.workdir / "stages" / self._claim(name),
@@ -201,7 +200,9 @@ class Experiment:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Keeps a table; the report shows it as markdown."""
         self._store(
-            "tables", name, {"columns": list(columns), "rows": [[_plain(c) for c in r] for r in rows]}
+            "tables",
+            name,
+            {"columns": list(columns), "rows": [[_plain(c) for c in r] for r in rows]},
         )
 
     def curve(
@@ -244,7 +245,7 @@ class Experiment:
 
 
 def resolve_recipe(name: str) -> Callable[[Experiment], Any]:
-    """Returns the recipe called ``name``: a module of ``transfer_jax.papers``, or ``module:function``.
+    """Returns a recipe: of the module ``name`` of ``transfer_jax.papers``, or ``module:function``.
 
     Raises:
       ConfigError: there is none.

@@ -27,7 +27,7 @@ Array = jax.Array
 PyTree = Any
 _log = logging.getLogger(__name__)
 
-# Steps that may be dispatched ahead of the device; enough to hide the host, few enough to stop soon.
+# Steps dispatched ahead of the device: enough to hide the host, few enough to stop soon.
 _IN_FLIGHT = 2
 
 
@@ -45,11 +45,13 @@ class NonFiniteError(FloatingPointError):
     """The loss, the gradient norm or a metric became NaN or infinite."""
 
 
-class Preempted(Exception):  # noqa: N818 - no error: the job stopped because it was asked to
+class Preempted(Exception):
     """The process was asked to stop; a checkpoint was saved and the same command resumes."""
 
     def __init__(self, stage: str, step: int):
-        super().__init__(f"stage {stage!r} was asked to stop and saved a checkpoint at step {step}.")
+        super().__init__(
+            f"stage {stage!r} was asked to stop and saved a checkpoint at step {step}."
+        )
         self.stage, self.step = stage, step
 
 
@@ -155,7 +157,9 @@ def evaluate(
     iterator = data.iterator(jax.process_index(), jax.process_count())
     try:
         for i, batch in enumerate(iterator):
-            for name, mean in _evaluation_step(objective, variables, layout.place_batch(batch)).items():
+            for name, mean in _evaluation_step(
+                objective, variables, layout.place_batch(batch)
+            ).items():
                 totals.setdefault(name, []).append(mean)
             if i % 16 == 15:  # bounds how many batches wait on the device
                 jax.block_until_ready(totals)
@@ -330,7 +334,7 @@ class _Watch:
 
 
 class _Run:
-    """One call of ``fit``: set up, loop, finish. Only the host's side; all arithmetic is in steps."""
+    """One call of ``fit``: set up, loop, finish. The host's side; all arithmetic is in steps."""
 
     def __init__(
         self, objective: Objective, train: Data, config: FitConfig, layout: Layout,
@@ -357,18 +361,17 @@ class _Run:
         if rows % pieces:
             raise ConfigError(
                 f"stage {self.label!r}: a batch of {rows} does not divide into "
-                f"{self.config.accumulate} microbatch(es) on {self.layout.batch_devices} device(s); "
+                f"{self.config.accumulate} microbatch(es) on {self.layout.batch_devices} device(s): "
                 f"make the batch size a multiple of {pieces}."
             )
-        summary = None if self.workdir is None else self.workdir / "summary.json"
-        finished = summary is not None and summary.exists()
         self.checkpoints = (
             Checkpoints(self.workdir / "checkpoints", keep=self.config.keep)
             if self.workdir is not None
             else None
         )
         try:
-            if finished:
+            summary = None if self.workdir is None else self.workdir / "summary.json"
+            if summary is not None and summary.exists():
                 return self._finished(batch, json.loads(summary.read_text()))
             return self._train(batch)
         finally:
@@ -394,8 +397,8 @@ class _Run:
         found = self.checkpoints.restore_newest(items)
         if found is None:
             raise ConfigError(
-                f"{self.workdir} says that stage {self.label!r} is finished, but holds no checkpoint "
-                "of it. Delete the stage's directory to train it again."
+                f"{self.workdir} says that stage {self.label!r} is finished, but holds no "
+                "checkpoint of it. Delete the stage's directory to train it again."
             )
         restored = found[1]
         variables = restored.get("best") or restored["variables"]
@@ -521,7 +524,7 @@ class _Run:
                 last = done == config.steps
                 if last or done % config.log_every == 0:
                     due.append((done, report))
-                evaluating = last or bool(config.eval_every) and done % config.eval_every == 0
+                evaluating = last or (bool(config.eval_every) and done % config.eval_every == 0)
                 saving = last or (
                     bool(config.checkpoint_every) and done % config.checkpoint_every == 0
                 )
@@ -671,7 +674,7 @@ class _Run:
             "compile_seconds": self.compile_seconds,
             "seconds": self.seconds,
         }
-        if self.checkpoints is not None:
+        if self.checkpoints is not None and self.workdir is not None:
             self.checkpoints.wait()
             if distributed.is_primary():
                 write_json(self.workdir / "summary.json", summary)
@@ -694,8 +697,14 @@ class _Run:
         self._say(text)
         if not distributed.is_primary():
             return
-        table = placement_table({"params": state.variables.params, "state": state.variables.state,
-                                 "optimizer": state.opt_state, "carried": self.objective})  # fmt: skip
+        table = placement_table(
+            {
+                "params": state.variables.params,
+                "state": state.variables.state,
+                "optimizer": state.opt_state,
+                "carried": self.objective,
+            }
+        )
         if self.layout.mesh.size > 1:
             self._say(table)
         if self.workdir is not None:

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from transfer_jax.trees import path_str, paths
 from transfer_jax.training.config import ConfigError, OptimizerConfig
+from transfer_jax.trees import path_str, paths
 
 PyTree = Any
 Schedule = Callable[[Any], Any]
@@ -53,7 +54,10 @@ def schedule_shape(config: OptimizerConfig, steps: int) -> Schedule:
         decay = optax.linear_schedule(1.0, config.final_fraction, rest)
     elif config.schedule == "rsqrt":
         start = max(warmup, 1)
-        decay = lambda step: (start / (step + start)) ** 0.5  # noqa: E731
+
+        def decay(step: Any) -> Any:
+            return jnp.sqrt(start / (start + jnp.maximum(step, 0)))
+
     else:
         decay = optax.constant_schedule(1.0)
     if not warmup:

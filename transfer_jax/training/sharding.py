@@ -164,8 +164,9 @@ class Layout:
             total = sorted(n * processes for n in rows)
             raise ValueError(
                 f"a batch of {total[0] if len(total) == 1 else total} examples cannot be split "
-                f"evenly over {self.batch_devices} devices (mesh {dict(self.mesh.shape)}): make the "
-                f"batch size a multiple of {self.batch_devices}, or shrink the data or fsdp axis."
+                f"evenly over {self.batch_devices} devices (mesh {dict(self.mesh.shape)}): make "
+                f"the batch size a multiple of {self.batch_devices}, or shrink the data or fsdp "
+                "axis."
             )
         if processes == 1:
             return jax.device_put(batch, self.batch)

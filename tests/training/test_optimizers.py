@@ -1,0 +1,106 @@
+"""Optimisers from config: the groups, the decay, the schedules, against closed forms and optax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from transfer_jax.training.config import ConfigError, OptimizerConfig, from_dict
+from transfer_jax.training.optimizers import OPTIMIZERS, make_optimizer, schedule_shape
+
+PARAMS = {
+    "layers": {"ssm": {"log_dt": jnp.ones(3)}, "kernel": jnp.full((2, 2), 2.0)},
+    "head": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "unused": None},
+}
+
+
+def first_update(config, grads=None, steps=10):
+    tx, _ = make_optimizer(config, steps, PARAMS)
+    grads = jax.tree.map(jnp.ones_like, PARAMS) if grads is None else grads
+    return tx.update(grads, tx.init(PARAMS), PARAMS)[0]
+
+
+def test_groups_have_their_own_rate_and_decay():
+    config = from_dict(
+        OptimizerConfig,
+        {
+            "learning_rate": 0.1,
+            "weight_decay": 0.5,
+            "groups": ({"where": "ssm", "learning_rate": 0.001, "weight_decay": 0.0},),
+            "decay_mask": "kernel",
+        },
+    )
+    update = first_update(config)
+    # Adam's first step is the sign of the gradient; decay adds wd * parameter.
+    np.testing.assert_allclose(update["layers"]["ssm"]["log_dt"], -0.001, rtol=1e-4)
+    np.testing.assert_allclose(update["layers"]["kernel"], -0.1 * (1 + 0.5 * 2), rtol=1e-4)
+    np.testing.assert_allclose(update["head"]["bias"], -0.1, rtol=1e-4)
+    assert update["head"]["unused"] is None
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "lamb", "sgd"])
+def test_equals_the_optax_optimizer(name):
+    config = OptimizerConfig(name, 0.03, weight_decay=0.1, b1=0.9, b2=0.99)
+    params = {"w": jnp.array([1.0, -2.0, 0.5])}
+    peer = {
+        "adamw": lambda: optax.adamw(0.03, 0.9, 0.99, weight_decay=0.1),
+        "lion": lambda: optax.lion(0.03, 0.9, 0.99, weight_decay=0.1),
+        "lamb": lambda: optax.lamb(0.03, 0.9, 0.99, eps=1e-8, weight_decay=0.1),
+        "sgd": lambda: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.03, 0.9)),
+    }[name]()
+    ours, _ = make_optimizer(config, 10, params)
+    a, b = params, params
+    state_a, state_b = ours.init(a), peer.init(b)
+    for i in range(3):
+        grads = {"w": jnp.array([0.3, -0.1, 0.2]) * (i + 1)}
+        update, state_a = ours.update(grads, state_a, a)
+        a = optax.apply_updates(a, update)
+        update, state_b = peer.update(grads, state_b, b)
+        b = optax.apply_updates(b, update)
+    np.testing.assert_allclose(a["w"], b["w"], rtol=1e-5)
+
+
+def test_clipping_is_over_all_groups_together():
+    config = from_dict(
+        OptimizerConfig,
+        {"name": "sgd", "b1": 0.0, "learning_rate": 1.0, "clip_norm": 1.0,
+         "groups": ({"where": "ssm", "learning_rate": 1.0},)},
+    )  # fmt: skip
+    update = first_update(config)
+    np.testing.assert_allclose(optax.global_norm(update), 1.0, rtol=1e-5)
+    config = OptimizerConfig("sgd", 1.0, b1=0.0, clip_value=0.25)
+    assert float(jnp.abs(first_update(config)["head"]["bias"]).max()) == 0.25
+
+
+def test_schedules_at_their_ends():
+    def shape(name, **kwargs):
+        return schedule_shape(OptimizerConfig(schedule=name, warmup_steps=10, **kwargs), 110)
+
+    for name in ("constant", "cosine", "linear", "rsqrt", "plateau"):
+        assert float(shape(name)(0)) == 0.0
+        assert float(shape(name)(5)) == pytest.approx(0.5)
+        assert float(shape(name)(10)) == pytest.approx(1.0)
+    assert float(shape("cosine")(60)) == pytest.approx(0.5)
+    assert float(shape("cosine")(110)) == pytest.approx(0.0, abs=1e-6)
+    assert float(shape("linear", final_fraction=0.2)(110)) == pytest.approx(0.2)
+    assert float(shape("rsqrt")(40)) == pytest.approx(0.5)
+    with pytest.raises(ConfigError, match="not shorter than the stage"):
+        schedule_shape(OptimizerConfig(warmup_steps=10), 10)
+
+
+def test_a_group_that_matches_nothing_is_refused():
+    config = from_dict(OptimizerConfig, {"groups": ({"where": "lamda", "learning_rate": 0.1},)})
+    with pytest.raises(ConfigError, match=r"lamda.*matches none.*ssm/log_dt"):
+        make_optimizer(config, 10, PARAMS)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_every_optimizer_descends(name):
+    tx, _ = make_optimizer(OptimizerConfig(name, 0.05), 40, {"w": jnp.ones((2, 2))})
+    params = {"w": jnp.full((2, 2), 2.0)}
+    state = tx.init(params)
+    for _ in range(40):
+        update, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, update)
+    assert float(jnp.abs(params["w"]).max()) < 1.5
