@@ -19,6 +19,14 @@ def wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def sharded_like(x: Array, leaf: Array) -> Array:
+    """Puts ``x`` where ``leaf`` is, if that is a layout over several devices."""
+    if isinstance(x, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+        return x
+    several = len(leaf.sharding.device_set) > 1
+    return jax.device_put(x, leaf.sharding) if several and x.sharding != leaf.sharding else x
+
+
 def _like(value: Array, leaf: Array) -> Array:
     return value.astype(jnp.result_type(leaf))
 

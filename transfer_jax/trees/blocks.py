@@ -42,16 +42,25 @@ def group_paths(tree: PyTree, groups: Mapping[str, object]) -> PyTree:
             near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
             raise ValueError(f"group {pattern!r} matches no leaf. Nearest: {', '.join(near)}.")
 
-    def group(path: str, _: object) -> str:
-        for pattern in groups:
-            if re.search(pattern, path):
-                return pattern
-        raise ValueError(
-            f"no group matches leaf {path!r}; the groups are {', '.join(map(repr, groups))}. "
-            "End with '.*' for all other leaves."
-        )
+    return map_with_path(lambda path, _: first_match(groups, path), tree)
 
-    return map_with_path(group, tree)
+
+def first_match(groups: Mapping[str, object], path: str) -> str:
+    """Returns the first pattern of ``groups`` that is found in ``path``.
+
+    Raises:
+      ValueError: none is.
+
+    >>> first_match({"bias": 0, ".*": 1}, "dense/kernel")
+    '.*'
+    """
+    for pattern in groups:
+        if re.search(pattern, path):
+            return pattern
+    raise ValueError(
+        f"no group matches leaf {path!r}; the groups are {', '.join(map(repr, groups))}. "
+        "End with '.*' for all other leaves."
+    )
 
 
 def block_coefficients(

@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from transfer_jax.trees.arithmetic import add, scale, wide
+from transfer_jax.trees.arithmetic import add, scale, sharded_like, wide
 from transfer_jax.trees.blocks import expand
 from transfer_jax.trees.paths import Array, PyTree, check_same, map_with_path, path_str
 
@@ -121,7 +121,7 @@ def fisher_diagonal(
         weight, seen = weight + counted, seen + real
     if total is None or (not isinstance(weight, jax.core.Tracer) and float(weight) == 0):
         raise ValueError("no examples: batches is empty, or the mask is 0 everywhere.")
-    diagonal = jax.tree.map(lambda f, p: _sharded_like(f / weight, p), total, params)
+    diagonal = jax.tree.map(lambda f, p: sharded_like(f / weight, p), total, params)
     return diagonal if normalize is None else _normalized(diagonal, normalize)
 
 
@@ -325,14 +325,6 @@ def _batch_squares(
 @functools.partial(jax.jit, donate_argnums=0)
 def _add_to(total: PyTree, more: PyTree) -> PyTree:
     return jax.tree.map(jnp.add, total, more)
-
-
-def _sharded_like(x: Array, param: Array) -> Array:
-    """Puts ``x`` where ``param`` is, if that is a layout over several devices."""
-    if isinstance(x, jax.core.Tracer) or not isinstance(param, jax.Array):
-        return x
-    sharding = param.sharding
-    return jax.device_put(x, sharding) if len(sharding.device_set) > 1 else x
 
 
 def _normalized(diagonal: PyTree, normalize: Normalize) -> PyTree:
