@@ -1,1 +1,12 @@
+"""Linen layers."""
 
+from transfer_jax.nn.adaptive_softmax import AdaptiveSoftmax
+from transfer_jax.nn.attention import Attention, KVCache, LinearAttention
+from transfer_jax.nn.blocks import MIXERS, FeedForward, SequenceBlock
+from transfer_jax.nn.recurrent import GRU, LSTM
+from transfer_jax.nn.s4 import SSM_PARAMETERS, S4Layer, SSMKernel
+
+__all__ = [
+    "GRU", "LSTM", "MIXERS", "SSM_PARAMETERS", "AdaptiveSoftmax", "Attention", "FeedForward",
+    "KVCache", "LinearAttention", "S4Layer", "SSMKernel", "SequenceBlock",
+]  # fmt: skip

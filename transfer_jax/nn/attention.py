@@ -36,12 +36,12 @@ class KVCache(NamedTuple):
     Attributes:
       key: [B, max_length, heads, D].
       value: [B, max_length, heads, D].
-      index: int32 scalar, how many are filled.
+      filled: int32 scalar, how many.
     """
 
     key: Array
     value: Array
-    index: Array
+    filled: Array
 
 
 class Attention(nn.Module):
@@ -130,7 +130,7 @@ class Attention(nn.Module):
         """
         del system
         batch, length = inputs.shape[:2]
-        start = 0 if state is None else state.index
+        start = 0 if state is None else state.filled
         query, key, value = self._project(inputs, inputs, start)
         if state is None:
             shape = (batch, max(max_length, length), *key.shape[2:])
@@ -145,12 +145,12 @@ class Attention(nn.Module):
 
     @staticmethod
     def _append(state: KVCache, key: Array, value: Array) -> KVCache:
-        zero = jnp.zeros_like(state.index)
-        at = (zero, state.index, zero, zero)
+        zero = jnp.zeros_like(state.filled)
+        at = (zero, state.filled, zero, zero)
         return KVCache(
             lax.dynamic_update_slice(state.key, key, at),
             lax.dynamic_update_slice(state.value, value, at),
-            state.index + key.shape[1],
+            state.filled + key.shape[1],
         )
 
     def step(self, inputs: Array, state: KVCache, system: None = None) -> tuple[Array, KVCache]:
@@ -231,7 +231,9 @@ class LinearAttention(nn.Module):
             x = jnp.pad(x, ((0, 0), (0, count * size - length), (0, 0), (0, 0)))
             return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
 
-        def body(state, chunk):
+        def body(
+            state: LinearAttentionState, chunk: tuple[Array, Array, Array]
+        ) -> tuple[LinearAttentionState, Array]:
             query, key, value = chunk
             scores = jnp.einsum("blhd,bshd->bhls", query, key)
             scores = jnp.where(jnp.tri(size, dtype=bool), scores, 0)
@@ -244,9 +246,9 @@ class LinearAttention(nn.Module):
             )
             return state, top / jnp.maximum(bottom, 1e-6)[..., None]
 
-        state, y = lax.scan(body, state, (split(query), split(key), split(value)))
+        final, y = lax.scan(body, state, (split(query), split(key), split(value)))
         y = jnp.moveaxis(y, 0, 1).reshape(batch, count * size, *query.shape[2:])[:, :length]
-        return self.out(y.astype(self.dtype or inputs.dtype)), state
+        return self.out(y.astype(self.dtype or inputs.dtype)), final
 
     def step(
         self, inputs: Array, state: LinearAttentionState, system: None = None

@@ -1,8 +1,8 @@
 """Residual blocks that mix a sequence: one interface, many mixers.
 
-A mixer maps ``[B, L, H]`` to ``[B, L, H]``. Causal mixers also decode: ``discretise(mode)`` prepares
-constant matrices once, ``prefill(inputs, system, state, max_length)`` runs a prefix or chunk and
-hands over its state, ``step(inputs, state, system)`` runs one token.
+A mixer maps ``[B, L, H]`` to ``[B, L, H]``. Causal mixers also decode: ``discretise(mode)`` gives
+constant matrices to be computed once, ``prefill(inputs, system, state, max_length)`` runs a prefix
+or chunk and hands over its state, ``step(inputs, state, system)`` runs one token.
 """
 
 from collections.abc import Mapping
@@ -137,6 +137,7 @@ class SequenceBlock(nn.Module):
             tie_dropout=self.tie_dropout,
             dtype=self.dtype,
         )
+        self.normalise: Any
         if self.norm == "layer":
             self.normalise = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)
         elif self.norm == "batch":

@@ -81,7 +81,7 @@ class _Recurrent(nn.Module):
         max_length: int = 0,
         lengths: Array | None = None,
     ) -> tuple[Array, State]:
-        """Hidden states for a prefix or chunk [B, L, F], and the state after it (or ``lengths``)."""
+        """Hidden states for a prefix or chunk [B, L, F], and the state after its valid part."""
         del system, max_length
         if state is None:
             state = self.initial_state(inputs.shape[0])
