@@ -62,6 +62,9 @@ def test_concatenation_subset_and_map():
     plain = list(SOURCE[i] for i in range(3))
     np.testing.assert_array_equal(labels_of(plain), [0, 0, 0])
     assert ids(Mapped(both, lambda e: {"id": e["id"] + 1})) == [6, 4, 10]
+    double = Mapped(both, lambda e: {"id": 2 * e["id"]}, batched=True)
+    np.testing.assert_array_equal(double.take(np.array([2, 0]))["id"], [18, 10])
+    assert ids(double) == [10, 6, 18]
     with pytest.raises(IndexError, match="index 3"):
         both[3]
     with pytest.raises(ValueError, match="outside a source of 100"):

@@ -1,6 +1,7 @@
 """What a dataset function returns: its splits and what a model must know of them."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from transfer_jax.data.sources import Source
 
@@ -30,5 +31,5 @@ class DatasetInfo:
 class DataBundle:
     """The splits of a dataset by name ("train", "validation", "test") and its ``DatasetInfo``."""
 
-    splits: dict[str, Source]
+    splits: Mapping[str, Source]
     info: DatasetInfo

@@ -6,9 +6,15 @@ from typing import Any
 
 from transfer_jax.data.bundle import DataBundle
 from transfer_jax.data.digits import digits
+from transfer_jax.data.listops import listops, listops_files
+from transfer_jax.data.pathfinder import pathfinder, pathfinder_files
 
 DATASETS: dict[str, Callable[..., DataBundle]] = {
     "digits": digits,
+    "listops": listops,
+    "listops_files": listops_files,
+    "pathfinder": pathfinder,
+    "pathfinder_files": pathfinder_files,
 }
 
 

@@ -1,11 +1,11 @@
 """Parts and unions of sources: splits by fraction, class filters, few-shot sets, concatenation."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from transfer_jax.data.sources import ArraySource, Example, Source, stack, take
+from transfer_jax.data.sources import ArraySource, Example, Source, read, stack, take
 
 
 class Subset:
@@ -56,17 +56,30 @@ class Concatenation:
 
 
 class Mapped:
-    """The examples of ``source``, each given through ``fn`` (``example -> example``)."""
+    """The examples of ``source``, each given through ``fn`` (``example -> example``).
 
-    def __init__(self, source: Source, fn):
+    Args:
+      source: a source, or any other sequence of what ``fn`` takes.
+      fn: must be deterministic and safe to call from several threads.
+      batched: whether ``fn`` may as well be given a dictionary of stacked examples, and then
+        returns what it would for each of them, stacked; saves the per-example work.
+    """
+
+    def __init__(self, source: Any, fn: Callable[[Any], Example], *, batched: bool = False):
         self.source = source
         self.fn = fn
+        self.batched = batched
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+    def __getitem__(self, index: int, /) -> Example:
         return self.fn(self.source[int(index)])
+
+    def take(self, indices: np.ndarray) -> Example:
+        if self.batched:
+            return self.fn(take(self.source, indices))
+        return stack([self.fn(example) for example in read(self.source, indices)])
 
 
 def labels_of(source: Source, key: str = "labels") -> np.ndarray:
