@@ -345,38 +345,47 @@ def _run_processes(command: list[str], count: int, gpus: list[str] | None) -> in
 
 def _wait(processes: list[subprocess.Popen[str]], signals: list[int]) -> int | None:
     """Waits for all processes; returns which one failed first, None if none did."""
+    ended: list[int] = []  # in the order in which they did: what fails later may be a consequence
+
+    def note(i: int) -> None:
+        processes[i].wait()
+        ended.append(i)
+
+    for i in range(len(processes)):
+        threading.Thread(target=note, args=(i,), daemon=True).start()
     failed: int | None = None
     passed_on = 0
     deadline = float("inf")
-    while any(process.poll() is None for process in processes):
+    while len(ended) < len(processes):
+        running = [p for i, p in enumerate(processes) if i not in ended]
         if len(signals) > passed_on:
             passed_on += 1
             if passed_on == 1:
                 _say("asked to stop: the processes save a checkpoint and end; once more kills them")
-            for process in processes:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGTERM if passed_on == 1 else signal.SIGKILL)
+            for process in running:
+                process.send_signal(signal.SIGTERM if passed_on == 1 else signal.SIGKILL)
         if failed is None:
-            failed = _first_failed(processes)
+            failed = _first_failed(processes, ended)
             if failed is not None:
                 deadline = time.monotonic() + _KILL_AFTER
-                for process in processes:
-                    if process.poll() is None:
-                        process.terminate()
+                for process in running:
+                    process.terminate()
         if time.monotonic() > deadline:
-            for process in processes:
+            for process in running:
                 process.kill()
         time.sleep(0.05)
-    return _first_failed(processes) if failed is None else failed
+    return _first_failed(processes, ended) if failed is None else failed
 
 
-def _first_failed(processes: list[subprocess.Popen[str]]) -> int | None:
-    bad = [i for i, p in enumerate(processes) if p.poll() not in (None, OK, PREEMPTED)]
-    return bad[0] if bad else None
+def _first_failed(processes: list[subprocess.Popen[str]], ended: list[int]) -> int | None:
+    bad = (i for i in ended if processes[i].returncode not in (OK, PREEMPTED))
+    return next(bad, None)
 
 
 def _copy_lines(source: IO[str], sink: IO[str], prefix: str, tail: collections.deque[str]) -> None:
     for line in source:
+        if "[Gloo] Rank" in line:  # which sockets are connected, several times a process
+            continue
         line = line.rstrip("\n")
         tail.append(line)
         sink.write(f"{prefix}{line}\n")

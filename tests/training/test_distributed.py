@@ -37,6 +37,11 @@ facts = {
     "none_says_yes": distributed.any_process(False),
 }
 distributed.barrier("ready")
+if sys.argv[1] == "late":  # a signal when the work is done: one process leaves, the other waits
+    if me == 0:
+        os.kill(os.getpid(), 15)
+        time.sleep(1.5)
+    sys.exit()
 with distributed.PreemptionGuard() as guard:
     for stage in range(2):
         for step in range(1, 10 if stage == 0 else 10**9):  # steps start again in each stage
@@ -51,27 +56,30 @@ with distributed.PreemptionGuard() as guard:
 """
 
 
-def test_two_processes_compute_agree_and_stop_at_the_same_step(tmp_path):
-    (tmp_path / "job.py").write_text(_JOB)
+def _start(directory, argument):
+    (directory / "job.py").write_text(_JOB)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = []
-    for i in range(2):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": "2",
-            "JAX_PROCESS_ID": str(i),
-        }
-        command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "ready")]
-        processes.append(
-            subprocess.Popen(
-                command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, str(directory / "job.py"), argument],
+            env={**environment, "JAX_PROCESS_ID": str(i)},
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
+        for i in range(2)
+    ]  # fmt: skip
+
+
+def test_two_processes_compute_agree_and_stop_at_the_same_step(tmp_path):
+    processes = _start(tmp_path, str(tmp_path / "ready"))
     try:
         deadline = time.monotonic() + 120
         while not ((tmp_path / "ready0").exists() and (tmp_path / "ready1").exists()):
@@ -90,6 +98,16 @@ def test_two_processes_compute_agree_and_stop_at_the_same_step(tmp_path):
     assert facts[0] == {"devices": 4, "sum": 6.0, "one_says_yes": True, "none_says_yes": False}
     assert "process 0 of 2: coordinator at 127.0.0.1" in outputs[0][1]
     assert "process 1 of 2: waits up to 300 s for the coordinator at 127.0.0.1" in outputs[1][1]
+
+
+def test_a_signal_at_the_very_end_does_not_hang_the_job(tmp_path):
+    processes = _start(tmp_path, "late")
+    try:
+        errors = [process.communicate(timeout=90)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
 
 
 def test_a_job_of_one_process_never_touches_jax_distributed(monkeypatch):

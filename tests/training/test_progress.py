@@ -28,7 +28,7 @@ def test_plain_lines_show_values_by_their_usual_names_and_the_time_left(monkeypa
     stream = io.StringIO()
     progress = Progress(7300, "target", stream, interval=5.0)
     for step in range(1, 31):
-        progress.update(step, {"train/examples_per_second": 512.0, "learning_rate": 3e-4,
+        progress.update(step, {"time/examples_per_second": 512.0, "learning_rate": 3e-4,
                                "train/loss": 0.25, "eval/accuracy": 0.75})  # fmt: skip
         clock[0] += 0.5
     lines = stream.getvalue().splitlines()

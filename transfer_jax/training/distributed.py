@@ -3,6 +3,7 @@
 A job of one process never touches ``jax.distributed``; every function here is then free.
 """
 
+import atexit
 import itertools
 import logging
 import os
@@ -54,6 +55,7 @@ def initialize(
         jax.distributed.initialize(
             coordinator, process_count, process_id, initialization_timeout=timeout
         )
+        atexit.register(_leave)
         _say(f"process {jax.process_index()} of {jax.process_count()} has joined")
         return
     if process_count in (None, 1) and coordinator is None and process_id in (None, 0):
@@ -88,6 +90,7 @@ def initialize(
         coordinator, process_count, process_id,
         cluster_detection_method="deactivate", initialization_timeout=timeout,
     )  # fmt: skip
+    atexit.register(_leave)
 
 
 def is_primary() -> bool:
@@ -166,6 +169,20 @@ def should_stop(step: int, guard: PreemptionGuard) -> bool:
     if stop:
         logger.info("all processes stop after step %d", step)
     return stop
+
+
+def _leave() -> None:
+    """Ends the job together; runs before JAX's own shutdown.
+
+    A SIGTERM at the very end starts JAX's protocol in one process while another has shut its part
+    down already, and both wait for minutes. So no process shuts down before every one ignores the
+    signal and has noticed what came earlier: JAX looks once per second.
+    """
+    if getattr(sys, "last_value", None) is not None:  # ended by an error: the others are not here
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(1.5)
+    barrier("transfer_jax leaves")
 
 
 def _from_environment(value: int | None, name: str) -> int | None:

@@ -128,7 +128,7 @@ def _format_values(values: Mapping[str, float], limit: int | None = None) -> str
     for name in sorted(values, key=rank)[:limit]:
         prefix, _, last = name.rpartition("/")
         short = _FIRST.get(last, last)
-        short = short if prefix in ("", "train") else f"{prefix}/{short}"
+        short = short if prefix in ("", "train", "time") else f"{prefix}/{short}"
         shown.append(f"{short} {values[name]:.4g}")
     return "  ".join(shown)
 
