@@ -9,9 +9,9 @@ from transfer_jax.training.config import ConfigError, FitConfig, OptimizerConfig
 
 
 def test_round_trip_through_a_config_dict():
-    config = fit_config(steps=7, optimizer={"learning_rate": 0.5, "groups": ({"where": "a"},)})
+    config = fit_config(steps=7, optimizer={"learning_rate": 0.5, "groups": {"g": {"where": "a"}}})
     built = from_dict(FitConfig, config)
-    assert built.steps == 7 and built.optimizer.groups[0].where == "a"
+    assert built.steps == 7 and built.optimizer.groups["g"].where == "a"
     assert dataclasses.asdict(
         from_dict(FitConfig, dataclasses.asdict(built))
     ) == dataclasses.asdict(built)
@@ -23,7 +23,7 @@ def test_round_trip_through_a_config_dict():
     [
         ({"step": 3}, r"'step' is not a setting of FitConfig; nearest: \['steps'"),
         ({"optimizer": {"learning_rat": 1.0}}, r"optimizer.learning_rat.*learning_rate"),
-        ({"optimizer": {"groups": ({"wher": "a"},)}}, r"optimizer.groups\[0\].wher"),
+        ({"optimizer": {"groups": {"g": {"wher": "a"}}}}, r"optimizer.groups.g.wher"),
         ({"steps": 1.5}, "steps=1.5 is a float; a int"),
         ({"steps": 0}, "at least one step"),
         ({"optimizer": {"name": "adamm"}}, "did you mean 'adam"),

@@ -27,7 +27,7 @@ def test_groups_have_their_own_rate_and_decay():
         {
             "learning_rate": 0.1,
             "weight_decay": 0.5,
-            "groups": ({"where": "ssm", "learning_rate": 0.001, "weight_decay": 0.0},),
+            "groups": {"ssm": {"where": "ssm", "learning_rate": 0.001, "weight_decay": 0.0}},
             "decay_mask": "kernel",
         },
     )
@@ -65,7 +65,7 @@ def test_clipping_is_over_all_groups_together():
     config = from_dict(
         OptimizerConfig,
         {"name": "sgd", "b1": 0.0, "learning_rate": 1.0, "clip_norm": 1.0,
-         "groups": ({"where": "ssm", "learning_rate": 1.0},)},
+         "groups": {"ssm": {"where": "ssm", "learning_rate": 1.0}}},
     )  # fmt: skip
     update = first_update(config)
     np.testing.assert_allclose(optax.global_norm(update), 1.0, rtol=1e-5)
@@ -90,7 +90,7 @@ def test_schedules_at_their_ends():
 
 
 def test_a_group_that_matches_nothing_is_refused():
-    config = from_dict(OptimizerConfig, {"groups": ({"where": "lamda", "learning_rate": 0.1},)})
+    config = from_dict(OptimizerConfig, {"groups": {"a": {"where": "lamda", "learning_rate": 0.1}}})
     with pytest.raises(ConfigError, match=r"lamda.*matches none.*ssm/log_dt"):
         make_optimizer(config, 10, PARAMS)
 

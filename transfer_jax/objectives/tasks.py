@@ -102,14 +102,22 @@ class Classification(ModuleObjective):
     Metrics: ``nll`` (without smoothing) and ``accuracy``.
 
     Attributes:
-      label_smoothing: the share of the target that is uniform; training only.
+      label_smoothing: the share of the target that is uniform over the classes; training only.
+      classes: the classes among which the softmax and the argmax choose, where a task has only some
+        of the module's (task-incremental learning); empty = all. Labels stay as they are.
     """
 
     label_smoothing: Array | float = 0.0
+    classes: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
     def loss(self, variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
-        logits, state = self.apply(variables, batch, rng)
+        outputs, state = self.apply(variables, batch, rng)
         labels = batch["labels"]
+        logits = outputs
+        if self.classes:
+            known = jnp.asarray(self.classes)
+            logits = outputs[..., known]
+            labels = jnp.argmax(labels[..., None] == known, axis=-1)
         if logits.shape[:-1] != labels.shape:
             raise ValueError(
                 f"logits of shape {logits.shape} do not fit labels of shape {labels.shape}: a "
@@ -121,7 +129,7 @@ class Classification(ModuleObjective):
         objective = Mean.of(losses.cross_entropy(logits, labels, label_smoothing=smoothing), mask)
         correct = jnp.argmax(logits, axis=-1) == labels
         metrics = {"nll": Mean.of(nll, mask), "accuracy": Mean.of(correct, mask)}
-        return objective.value(), Aux(state, metrics, objective.weight, logits)
+        return objective.value(), Aux(state, metrics, objective.weight, outputs)
 
 
 class Regression(ModuleObjective):

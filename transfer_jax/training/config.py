@@ -39,7 +39,8 @@ class OptimizerConfig:
       final_fraction: where ``cosine`` and ``linear`` end, as a share of the peak.
       weight_decay: decoupled (AdamW, Lion, LAMB) or added to the gradient (SGD).
       decay_mask: regular expression on paths; only those parameters are decayed ('' = all).
-      groups: exceptions, first match wins.
+      groups: exceptions by name; a parameter belongs to the first, in the order of the names, whose
+        ``where`` is found in its path.
       clip_norm: global norm to which gradients are clipped (0 = off).
       clip_value: absolute value to which gradient entries are clipped (0 = off).
       b1, b2, eps: moments of the Adam family; ``b1`` is SGD's momentum.
@@ -53,7 +54,7 @@ class OptimizerConfig:
     final_fraction: float = 0.0
     weight_decay: float = 0.0
     decay_mask: str = ""
-    groups: tuple[GroupConfig, ...] = ()
+    groups: Mapping[str, GroupConfig] = field(default_factory=dict)
     clip_norm: float = 0.0
     clip_value: float = 0.0
     b1: float = 0.9
@@ -148,10 +149,10 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
         if dataclasses.is_dataclass(default) and not dataclasses.is_dataclass(value):
             value = from_dict(type(default), value, full)
         elif name == "groups":
-            value = tuple(
-                g if isinstance(g, GroupConfig) else from_dict(GroupConfig, g, f"{full}[{i}]")
-                for i, g in enumerate(value)
-            )
+            value = {
+                key: g if isinstance(g, GroupConfig) else from_dict(GroupConfig, g, f"{full}.{key}")
+                for key, g in sorted(dict(value).items())
+            }
         else:
             value = _typed(value, default, full)
         known[name] = value

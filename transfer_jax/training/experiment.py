@@ -5,7 +5,7 @@ import json
 import re
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,15 @@ class Experiment:
     ) -> dict[str, float]:
         """Returns the objective's metrics over the whole of ``data``."""
         return loop.evaluate(objective, variables, data, self.layout)
+
+    def batches(self, data: loop.Data) -> Iterator[PyTree]:
+        """Yields the batches of ``data``, on the mesh."""
+        iterator = data.iterator(jax.process_index(), jax.process_count())
+        try:
+            for batch in iterator:
+                yield self.layout.place_batch(batch)
+        finally:
+            loop.close(iterator)
 
     def artifact(self, name: str, compute: Callable[[], PyTree]) -> PyTree:
         """Computes a tree of arrays once, keeps it, and reads it back in later runs.

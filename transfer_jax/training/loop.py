@@ -164,7 +164,7 @@ def evaluate(
             if i % 16 == 15:  # bounds how many batches wait on the device
                 jax.block_until_ready(totals)
     finally:
-        _close(iterator)
+        close(iterator)
     values = {}
     for name, means in jax.device_get(totals).items():
         weight = float(np.sum([m.weight for m in means], dtype=np.float64))
@@ -180,10 +180,11 @@ def _evaluation_step(objective: Objective, variables: Variables, batch: PyTree) 
     return {**aux.metrics, "loss": Mean(loss * weight, weight)}
 
 
-def _close(iterator: Any) -> None:
-    close = getattr(iterator, "close", None)
-    if close is not None:
-        close()
+def close(iterator: Any) -> None:
+    """Ends the threads that read ahead for an iterator, if it has any."""
+    end = getattr(iterator, "close", None)
+    if end is not None:
+        end()
 
 
 def metric_names(objective: Objective, variables: Variables, batch: PyTree) -> tuple[str, ...]:
@@ -468,7 +469,7 @@ class _Run:
                 state = self._loop(state, objective, iterator, start, guard)
             return self._finish(state)
         finally:
-            _close(iterator)
+            close(iterator)
             self.writer.close()
             if self.progress is not None:
                 self.progress.close()

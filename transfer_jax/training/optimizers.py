@@ -66,21 +66,21 @@ def schedule_shape(config: OptimizerConfig, steps: int) -> Schedule:
 
 
 def group_labels(config: OptimizerConfig, params: PyTree) -> PyTree:
-    """Returns a tree that names each parameter's group: its index as text, or ``main``.
+    """Returns a tree that names each parameter's group, ``main`` where it belongs to none.
 
     Raises:
       ConfigError: a group matches no parameter: its settings would silently do nothing.
     """
-    patterns = [re.compile(g.where) for g in config.groups]
-    for group, pattern in zip(config.groups, patterns):
+    patterns = {name: re.compile(group.where) for name, group in config.groups.items()}
+    for name, pattern in patterns.items():
         if not any(pattern.search(p) for p in paths(params)):
             raise ConfigError(
-                f"the optimiser group where={group.where!r} matches none of the parameters "
+                f"optimizer.groups.{name}.where={pattern.pattern!r} matches none of the parameters "
                 f"{paths(params)[:8]}{' …' if len(paths(params)) > 8 else ''}."
             )
 
     def label(path: str) -> str:
-        return next((str(i) for i, p in enumerate(patterns) if p.search(path)), _MAIN)
+        return next((name for name, p in patterns.items() if p.search(path)), _MAIN)
 
     return jax.tree_util.tree_map_with_path(lambda kp, _: label(path_str(kp)), params)
 
@@ -106,8 +106,8 @@ def make_optimizer(
     shape = schedule_shape(config, steps)
     rates = {_MAIN: config.learning_rate}
     decays = {_MAIN: config.weight_decay}
-    for i, group in enumerate(config.groups):
-        rates[str(i)], decays[str(i)] = group.learning_rate, group.weight_decay
+    for name, group in config.groups.items():
+        rates[name], decays[name] = group.learning_rate, group.weight_decay
 
     def scaled(rate: float) -> optax.GradientTransformation:
         return optax.scale_by_learning_rate(lambda step: rate * shape(step))
