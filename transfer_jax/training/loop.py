@@ -362,7 +362,7 @@ class _Run:
         if rows % pieces:
             raise ConfigError(
                 f"stage {self.label!r}: a batch of {rows} does not divide into "
-                f"{self.config.accumulate} microbatch(es) on {self.layout.batch_devices} device(s): "
+                f"{self.config.accumulate} microbatch(es) on {self.layout.batch_devices} devices: "
                 f"make the batch size a multiple of {pieces}."
             )
         self.checkpoints = (
