@@ -237,6 +237,7 @@ def test_sigterm_saves_and_the_same_command_resumes(files):
     assert steps == list(range(2, 41, 2))
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_resume_and_equal_one_process(files):
     arguments = ["run", "tiny.py:long", "--config.first.steps=40"]
     two = [*arguments, "--workdir=two", "--processes=2", "--devices=2"]

@@ -45,7 +45,7 @@ def test_report_of_a_finished_run(workdir):
     text = path.read_text()
     for line in (
         "| retention | 0.9877 |", "| best_model | a\\|b |", "| seeds | 3 |",
-        "| cola | 0.5 | 0.25 |", "| sst2 | 0.75 |  |", "|---|---:|---:|",
+        "| cola | 0.5 | 0.25 |", "| sst2 | 0.75 |  |", "|---|---:|---:|", "|---|---|",
         "| model.features | 8 |", "| eval.loss | 0.5 |",
         "| train/loss | 0.25 | 40 | 0.25 | 1 |", "| eval/accuracy | nan | 40 | nan | nan |",
     ):  # fmt: skip

@@ -80,8 +80,8 @@ def format_table(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
-        numeric = any(isinstance(_number(row[i]), float) for row in rows if i < len(row))
-        table.add_column(Text(str(column)), justify="right" if numeric else "left", no_wrap=True)
+        justify = "right" if _numeric([row[i] for row in rows]) else "left"
+        table.add_column(Text(str(column)), justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row))
     text = io.StringIO()
@@ -178,7 +178,7 @@ def _stages_section(
         rows = []
         for metric, (steps, values) in curves.items():
             finite = [v for v in values if math.isfinite(v)] or [math.nan]
-            rows.append([metric, values[-1], str(steps[-1]), min(finite), max(finite)])
+            rows.append([metric, values[-1], steps[-1], min(finite), max(finite)])
         columns = ["metric", "last", "at step", "lowest", "highest"]
         lines += [*_markdown_table(columns, rows), ""]
         file = directory / f"stage-{_file_name(name)}.png"
@@ -208,6 +208,10 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, (int, float)) else value
 
 
+def _numeric(values: Sequence[Any]) -> bool:
+    return bool(values) and all(isinstance(_number(v), float) for v in values)
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return ""
@@ -233,11 +237,8 @@ def _markdown_table(columns: Sequence[Any], rows: Any) -> list[str]:
         return f"| {' | '.join(cells)} |"
 
     rows = [list(row) for row in rows]
-    numeric = [
-        any(isinstance(_number(row[i]), float) and row[i] is not None for row in rows)
-        for i in range(len(columns))
-    ]
-    rule = "|".join("---:" if n else "---" for n in numeric)
+    right = [_numeric([row[i] for row in rows]) for i in range(len(columns))]
+    rule = "|".join("---:" if r else "---" for r in right)
     return [line(columns), f"|{rule}|", *(line(row) for row in rows)]
 
 
