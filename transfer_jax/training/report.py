@@ -80,7 +80,7 @@ def format_table(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
-        justify = "right" if _numeric([row[i] for row in rows]) else "left"
+        justify: Any = "right" if _numeric([row[i] for row in rows]) else "left"
         table.add_column(Text(str(column)), justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row))
