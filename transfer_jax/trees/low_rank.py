@@ -10,7 +10,9 @@ head_dim], are matrices in which these axes are merged. With ``in_axes`` leading
 the input, the factors are ``{"a": [*inputs, rank], "b": [rank, *outputs]}``.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import jax
@@ -45,7 +47,7 @@ def lora_init(
     rank: int,
     key: Array,
     *,
-    in_axes: int | None = None,
+    in_axes: int | Mapping[str, int] | None = None,
 ) -> PyTree:
     """Draws factors whose product is zero, for the chosen leaves (Hu et al. 2022, section 4.1).
 
@@ -57,8 +59,9 @@ def lora_init(
       where: the matrices to adapt, see ``paths``.
       rank: the rank of the change, at least 1 and at most min(m, n).
       key: a typed key.
-      in_axes: how many leading axes of a chosen leaf index the input, all others the output; by
-        default the last two axes are the matrix and axes before them are batched.
+      in_axes: how many leading axes of a chosen leaf index the input, all others the output; or a
+        mapping from path patterns to that number. By default, and for leaves that no pattern
+        matches, the last two axes are the matrix and axes before them are batched.
 
     Returns:
       The tree with factors at the chosen leaves and None elsewhere. Factors have the leaf's dtype.
@@ -77,13 +80,18 @@ def lora_init(
         if not chosen:
             return None
         shape = jnp.shape(x)
-        split = _matrix_axes(path, shape, in_axes)
-        m, n = _matrix_size(shape, split, in_axes)
+        inputs: int | None
+        if isinstance(in_axes, Mapping):
+            inputs = next((n for pattern, n in in_axes.items() if re.search(pattern, path)), None)
+        else:
+            inputs = in_axes
+        split = _matrix_axes(path, shape, inputs)
+        m, n = shape[-2:] if inputs is None else (prod(shape[:split]), prod(shape[split:]))
         if not 1 <= rank <= min(m, n):
             raise ValueError(
                 f"rank {rank} for leaf {path!r}, a {m} by {n} matrix: give 1 to {min(m, n)}."
             )
-        b_shape = (rank, *shape[split:]) if in_axes else (*shape[:-2], rank, n)
+        b_shape = (*shape[:-2], rank, n) if inputs is None else (rank, *shape[split:])
         a = jax.random.normal(leaf_key(key, path), (*shape[:split], rank), wide(x).dtype)
         dtype = jnp.result_type(x)
         return {"a": (a / m**0.5).astype(dtype), "b": jnp.zeros(b_shape, dtype)}
@@ -109,17 +117,6 @@ def _matrix_axes(path: str, shape: tuple[int, ...], in_axes: int | None) -> int:
             f"(in_axes={in_axes}); its factors could not be told from batched ones. Reshape it."
         )
     return in_axes
-
-
-def _matrix_size(shape: tuple[int, ...], split: int, in_axes: int | None) -> tuple[int, int]:
-    if in_axes is None:
-        return shape[-2], shape[-1]
-    m = n = 1
-    for size in shape[:split]:
-        m *= size
-    for size in shape[split:]:
-        n *= size
-    return m, n
 
 
 def _product(factors: dict[str, Array], scale: Array | float) -> Array:
