@@ -135,7 +135,7 @@ def bucketed(
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Bucketed(Pipeline):
     """See ``bucketed``.
 

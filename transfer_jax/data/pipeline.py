@@ -42,7 +42,7 @@ def epoch_permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(sequence)).permutation(size)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
     """A source, an order, and how examples become batches.
 

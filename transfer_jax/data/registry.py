@@ -1,20 +1,34 @@
 """Datasets by name, for configs."""
 
 import difflib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+from transfer_jax.data import digits, images, listops, pathfinder, speech, text
 from transfer_jax.data.bundle import DataBundle
-from transfer_jax.data.digits import digits
-from transfer_jax.data.listops import listops, listops_files
-from transfer_jax.data.pathfinder import pathfinder, pathfinder_files
 
 DATASETS: dict[str, Callable[..., DataBundle]] = {
-    "digits": digits,
-    "listops": listops,
-    "listops_files": listops_files,
-    "pathfinder": pathfinder,
-    "pathfinder_files": pathfinder_files,
+    # Built in: no files, no network.
+    "arithmetic_text": text.arithmetic_text,
+    "digits": digits.digits,
+    "listops": listops.listops,
+    "pathfinder": pathfinder.pathfinder,
+    # Files in the directory named by TRANSFER_JAX_DATA.
+    "fsdd": speech.fsdd,
+    "mnist_t10k": images.mnist_t10k,
+    "tinyshakespeare": text.tinyshakespeare,
+    # Prepared by TensorFlow Datasets.
+    "cifar10": images.cifar10,
+    "mnist": images.mnist,
+    # Files whose place is an option.
+    "aan_files": text.aan_files,
+    "character_text": text.character_text,
+    "imdb_files": text.imdb_files,
+    "listops_files": listops.listops_files,
+    "pathfinder_files": pathfinder.pathfinder_files,
+    "speech_commands": speech.speech_commands,
+    "wikitext103": text.wikitext103,
 }
 
 
@@ -26,10 +40,17 @@ def load(name: str, **options: Any) -> DataBundle:
       **options: arguments of that function.
 
     Raises:
-      ValueError: no such dataset; lists the nearest names.
-      TypeError: an option that the dataset does not have; lists those it has.
+      ValueError: no such dataset; has the nearest names.
+      TypeError: an option that the dataset does not have; has the nearest names.
     """
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.4) or sorted(DATASETS)
         raise ValueError(f"no dataset is named {name!r}; nearest: {', '.join(near)}")
+    known = inspect.signature(DATASETS[name]).parameters
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=3, cutoff=0.4) or list(known)
+            raise TypeError(
+                f"dataset {name!r} has no option {option!r}; nearest: {', '.join(near)}"
+            )
     return DATASETS[name](**options)
