@@ -311,7 +311,10 @@ def _draw_curves(value: Mapping[str, Any], title: str, file: Path) -> None:
         axes.set_title(title)
         axes.set_xlabel(value.get("xlabel") or "")
         axes.set_ylabel(value.get("ylabel") or "")
-        _legend(axes, value["series"])
+        if len(value["series"]) > 6:
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        elif len(value["series"]) > 1 or next(iter(value["series"]), ""):
+            axes.legend()
         return figure
 
     _save(draw, file)
@@ -340,15 +343,8 @@ def _draw_bars(value: Mapping[str, Any], title: str, file: Path) -> None:
         axes.margins(y=0.1)
         axes.set_title(title)
         axes.set_ylabel(value.get("ylabel") or "")
-        _legend(axes, series)
+        if len(series) > 1 or next(iter(series), ""):  # bars leave no room inside
+            figure.legend(loc="outside lower center", ncols=min(len(series), 4))
         return figure
 
     _save(draw, file)
-
-
-def _legend(axes: Any, series: Mapping[str, Any]) -> None:
-    """A legend inside the axes, or beside them where there are many series."""
-    if len(series) > 6:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    elif len(series) > 1 or next(iter(series), ""):
-        axes.legend()
