@@ -57,7 +57,7 @@ def numpy_elect(base, deltas, weight, lambda_, normalize):
     return base + lambda_ * out
 
 
-def numpy_trim(delta, density, size=None, everything=None):
+def numpy_trim(delta, density, everything=None):
     values = np.sort(np.abs(delta if everything is None else everything).ravel())[::-1]
     smallest = values[max(1, int(density * values.size)) - 1]
     return np.where(np.abs(delta) >= smallest, delta, 0)
@@ -65,12 +65,8 @@ def numpy_trim(delta, density, size=None, everything=None):
 
 def numpy_ties(scope):
     density, lambda_ = 0.3, 0.9
-    whole = [
-        np.concatenate(
-            [np.ravel(np.float64(m) - b) for b, m in zip(*map(jax.tree.leaves, (BASE, t)))]
-        )
-        for t in MODELS
-    ]
+    vectors = [jax.tree.map(lambda b, m: np.float64(m) - b, BASE, t) for t in MODELS]
+    whole = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(v)]) for v in vectors]
 
     def leaf(path, base, models):
         deltas = [
@@ -154,7 +150,7 @@ def numpy_regmean(path, base, models, alpha=0.8):
 
 def numpy_delta_guided(path, base, models, granularity="row", p=1.0):
     deltas = [m - base for m in models]
-    if granularity == "element" or (granularity == "row" and base.ndim == 1):
+    if granularity == "element":
         sizes = [np.abs(d) for d in deltas]
     elif granularity == "row" and base.ndim:
         sizes = [np.sqrt(np.sum(d**2, -1, keepdims=True)) for d in deltas]
@@ -307,10 +303,16 @@ def test_delta_guided_rules(granularity):
 
 def test_ends_and_fixed_points():
     close(trees.merge(BASE, MODELS, "task_arithmetic", weight=0.0), BASE)
-    for method, options in [("soup", {}), ("ties", {"density": 1.0}), ("model_stock", {}),
-                            ("fisher", {"fishers": FISHERS}), ("regmean", {"grams": GRAMS}),
-                            ("breadcrumbs", {"density": 1.0, "weight": [0.2, 0.3, 0.5]}),
-                            ("dare_linear", {"density": 1.0, "key": KEY, "normalize": True})]:  # fmt: skip
+    cases = {
+        "soup": {},
+        "ties": {"density": 1.0},
+        "model_stock": {},
+        "fisher": {"fishers": FISHERS},
+        "regmean": {"grams": GRAMS},
+        "breadcrumbs": {"density": 1.0, "weight": [0.2, 0.3, 0.5]},
+        "dare_linear": {"density": 1.0, "key": KEY, "normalize": True},
+    }
+    for method, options in cases.items():
         close(trees.merge(BASE, [MODELS[0]] * 3, method, **options), MODELS[0], atol=2e-5)
 
 
