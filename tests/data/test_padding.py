@@ -100,6 +100,8 @@ def test_one_pass_in_order():
 
 
 def test_errors():
+    with pytest.raises(ValueError, match="make no batch of 40"):
+        bucketed(SOURCE, LENGTHS, (8, 16, 32), 40, remainder="drop")
     with pytest.raises(ValueError, match="must increase"):
         bucketed(SOURCE, LENGTHS, (8, 8), 4)
     with pytest.raises(ValueError, match="above the last boundary 16"):

@@ -88,7 +88,7 @@ class Pipeline:
             raise ValueError(f"seed must not be negative; got {self.seed}")
         if self.remainder not in ("pad", "drop"):
             raise ValueError(f"remainder must be 'pad' or 'drop'; got {self.remainder!r}")
-        if not self.repeat and len(self) == 0:
+        if len(self) == 0:
             raise ValueError(
                 f"{len(self.source)} examples make no batch of {self.batch_size} with "
                 "remainder='drop'; use a smaller batch_size or remainder='pad'"
