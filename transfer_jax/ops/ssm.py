@@ -184,8 +184,9 @@ def kernel_diag(
 ) -> Array:
     """Convolution kernel of a diagonal system, ``K_l = 2 Re sum_k C_k Bb_k Ab_k^l``.
 
-    The Vandermonde matrix is factored as ``Ab^(aT + r) = Ab^(aT) Ab^r``, so O(n sqrt(L))
-    exponentials and one real matrix product per feature replace O(n L) exponentials.
+    The Vandermonde matrix is factored as ``Ab^(aT + r) = Ab^(aT) Ab^r``: O(n (L/T + T))
+    exponentials and a real matrix product per feature replace O(n L) exponentials. Blocks of a are
+    recomputed in the backward pass.
 
     Args:
       dt: real [H].
@@ -199,21 +200,35 @@ def kernel_diag(
       real [V, H, L].
     """
     log_ab, _, bb = discretise_diagonal(dt, lam, b, method)
-    inner = max(1, round(np.sqrt(length)))
+    weights = 2 * c * bb
+    channels, features, modes = weights.shape
+    inner = max(1, min(64, round(np.sqrt(length))))
     outer = -(-length // inner)
+    rows = min(outer, max(1, CHUNK_ELEMENTS // (channels * features * modes)))
+    blocks = -(-outer // rows)
+    real = log_ab.real.dtype
+
+    def powers(log_ab, exponents):  # real and imaginary part of Ab^exponents, [H, n, T]
+        size = jnp.exp(log_ab.real[..., None] * exponents)
+        angle = log_ab.imag[..., None] * exponents
+        return size * jnp.cos(angle), size * jnp.sin(angle)
 
     @jax.checkpoint
-    def evaluate(log_ab, weights):
-        real = log_ab.real.dtype
-        coarse = jnp.exp(log_ab[..., None] * jnp.arange(0, outer * inner, inner, dtype=real))
-        fine = jnp.exp(log_ab[..., None] * jnp.arange(inner, dtype=real))
-        left = 2 * weights[..., None] * coarse  # [V, H, n, outer]
-        left = jnp.concatenate([left.real, -left.imag], axis=2)
-        right = jnp.concatenate([fine.real, fine.imag], axis=1)
-        return jnp.einsum("vhna,hnr->vhar", left, right, precision=HIGHEST)
+    def fine_powers(log_ab):
+        return jnp.concatenate(powers(log_ab, jnp.arange(inner, dtype=real)), axis=1)
 
-    kernel = evaluate(log_ab, c * bb)
-    return kernel.reshape(*kernel.shape[:2], -1)[..., :length]
+    @jax.checkpoint
+    def evaluate(log_ab, weights, fine, exponents):
+        re, im = powers(log_ab, exponents)
+        w_re, w_im = weights.real[..., None], weights.imag[..., None]
+        coarse = jnp.concatenate([w_re * re - w_im * im, -(w_re * im + w_im * re)], axis=2)
+        return jnp.einsum("vhna,hnr->vhar", coarse, fine, precision=HIGHEST)
+
+    fine = fine_powers(log_ab)
+    exponents = inner * jnp.arange(blocks * rows, dtype=real).reshape(blocks, rows)
+    _, kernel = lax.scan(lambda _, x: (None, evaluate(log_ab, weights, fine, x)), None, exponents)
+    kernel = jnp.moveaxis(kernel, 0, 2)  # [V, H, blocks, rows, inner]
+    return kernel.reshape(channels, features, -1)[..., :length]
 
 
 def kernel_dense(ab: Array, bb: Array, c: Array, length: int) -> Array:
