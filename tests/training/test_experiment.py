@@ -135,3 +135,19 @@ def test_recipes_that_do_not_exist_are_named():
         resolve_recipe("nothing")
     with pytest.raises(ConfigError, match="has no nothing"):
         resolve_recipe("tests.toy:nothing")
+
+
+def test_an_impossible_setting_of_a_later_stage_stops_before_the_first(tmp_path):
+    config = make_config()
+    config.later = {"inner": fit_config(steps=3)}
+    config.later.inner.optimizer.learning_rate = -1.0
+    with pytest.raises(ConfigError, match=r"later\.inner\.optimizer.learning_rate=-1.0"):
+        Experiment(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_in_which_nothing_was_computed_takes_another_config(tmp_path):
+    Experiment(make_config(), tmp_path)
+    other = make_config(seed=5)
+    Experiment(other, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 5

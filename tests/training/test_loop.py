@@ -13,7 +13,7 @@ from tests import toy
 from transfer_jax.objectives import Classification, Objective, Penalized, Trainable, Variables
 from transfer_jax.objectives.base import Aux, Mean
 from transfer_jax.training import Layout, NonFiniteError, evaluate, fit, make_mesh
-from transfer_jax.training.checkpoint import CheckpointError
+from transfer_jax.training.checkpoint import CheckpointError, load_variables
 from transfer_jax.training.config import ConfigError, FitConfig, OptimizerConfig
 from transfer_jax.training.loop import make_step
 from transfer_jax.training.sharding import bytes_per_device
@@ -147,6 +147,13 @@ def test_resumed_equals_uninterrupted_bit_for_bit(reference, tmp_path, after):
     assert toy.leaves_equal(result.variables, reference[0].variables)
     assert lines(tmp_path) == lines(reference[1])
     assert result.metrics == reference[0].metrics
+
+
+def test_variables_can_be_read_without_the_objective(reference):
+    variables = load_variables(reference[1])
+    assert toy.leaves_equal(variables.params, reference[0].variables.params)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load_variables(reference[1] / "nothing")
 
 
 def test_a_finished_stage_is_read_not_trained(reference):

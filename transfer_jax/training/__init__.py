@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transfer_jax.training.checkpoint import load_variables
     from transfer_jax.training.config import FitConfig, OptimizerConfig, base_config, fit_config
     from transfer_jax.training.experiment import Experiment
     from transfer_jax.training.loop import Fitted, NonFiniteError, Preempted, evaluate, fit
@@ -23,13 +24,14 @@ _HOME = {
     "evaluate": "loop",
     "fit": "loop",
     "fit_config": "config",
+    "load_variables": "checkpoint",
     "make_mesh": "sharding",
     "write_report": "report",
 }
 
 __all__ = [
     "Experiment", "FitConfig", "Fitted", "Layout", "NonFiniteError", "OptimizerConfig", "Preempted",
-    "base_config", "evaluate", "fit", "fit_config", "make_mesh", "write_report",
+    "base_config", "evaluate", "fit", "fit_config", "load_variables", "make_mesh", "write_report",
 ]  # fmt: skip
 
 

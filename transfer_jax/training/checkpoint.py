@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from transfer_jax.objectives import Variables
 from transfer_jax.training import distributed
+from transfer_jax.training.sharding import Layout
 
 PyTree = Any
 _log = logging.getLogger(__name__)
@@ -28,6 +30,66 @@ def abstract(tree: PyTree, shardings: PyTree | None = None) -> PyTree:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
+
+
+def read_tree(path: str | Path, layout: Layout | None = None) -> PyTree:
+    """Reads a saved tree without knowing its structure.
+
+    Args:
+      path: of an item of a checkpoint (``stages/<name>/checkpoints/<step>/variables``) or of an
+        artifact.
+      layout: where to put the arrays; default whole, on the first device of this process.
+
+    Returns:
+      Nested dictionaries and lists of arrays; tuples come back as lists.
+    """
+    with ocp.StandardCheckpointer() as checkpointer:
+        path = Path(path).absolute()
+        saved = checkpointer.metadata(path).item_metadata.tree
+        shapes = jax.tree.map(
+            lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), saved, is_leaf=_is_array_metadata
+        )
+        if layout is None:
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            shardings = jax.tree.map(lambda _: device, shapes)
+        else:
+            shardings = layout.shardings(shapes)
+        return checkpointer.restore(path, abstract(shapes, shardings))
+
+
+def load_variables(stage: str | Path, *, layout: Layout | None = None) -> Variables:
+    """Reads the variables that a stage ended with (or its newest checkpoint, if it has not ended).
+
+    Where the stage kept an average of its parameters, or selected the best, it is these.
+
+    Args:
+      stage: the stage's directory, ``WORKDIR/stages/<name>``.
+      layout: see ``read_tree``.
+
+    Raises:
+      CheckpointError: there is no checkpoint.
+    """
+    directory = Path(stage).absolute() / "checkpoints"
+    steps = [int(p.name) for p in directory.glob("*") if p.name.isdigit()]
+    if not steps:
+        raise CheckpointError(f"there is no checkpoint in {directory}.")
+    newest = directory / str(max(steps))
+    for item in ("best", "variables"):
+        if (newest / item).exists():
+            params, state = _pair(read_tree(newest / item, layout))
+            break
+    if item == "variables" and (newest / "ema").exists():
+        params = read_tree(newest / "ema", layout)
+    return Variables(params, state)
+
+
+def _pair(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """The saved form of ``Variables``."""
+    return (tree["params"], tree["state"]) if isinstance(tree, dict) else tuple(tree)
+
+
+def _is_array_metadata(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 class Checkpoints:

@@ -23,6 +23,7 @@ from transfer_jax.configuration import (
 )
 from transfer_jax.objectives import Objective, Variables
 from transfer_jax.training import distributed, loop, report
+from transfer_jax.training.checkpoint import read_tree
 from transfer_jax.training.config import FitConfig, from_dict
 from transfer_jax.training.files import write_json, write_text
 from transfer_jax.training.sharding import Layout, make_mesh
@@ -50,6 +51,7 @@ class Experiment:
 
     def __init__(self, config: ml_collections.ConfigDict, workdir: str | Path):
         self.config = ml_collections.FrozenConfigDict(config)
+        _check_stages(self.config)
         self.workdir = Path(workdir).expanduser().absolute()
         self._open(config)
         mesh = make_mesh(dict(self.config.get("mesh", {})))
@@ -69,8 +71,8 @@ class Experiment:
         if distributed.is_primary():
             try:
                 self.workdir.mkdir(parents=True, exist_ok=True)
-                if not file.exists():
-                    write_text(file, config_to_json(config) + "\n")
+                if not any((self.workdir / kept).exists() for kept in ("stages", "artifacts")):
+                    write_text(file, config_to_json(config))  # nothing computed: no claim yet
                 (probe := self.workdir / ".writable").touch()
                 probe.unlink()
             except OSError as e:
@@ -176,19 +178,7 @@ class Experiment:
             distributed.barrier(f"artifact {name}")
         if text.exists():
             return json.loads(text.read_text())
-        with ocp.StandardCheckpointer() as checkpointer:
-            saved = checkpointer.metadata(path).item_metadata.tree
-            shapes = jax.tree.map(
-                lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), saved, is_leaf=_is_metadata
-            )
-            shardings = self.layout.shardings(shapes)
-            return checkpointer.restore(
-                path,
-                jax.tree.map(
-                    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                    shapes, shardings,
-                ),
-            )  # fmt: skip
+        return read_tree(path, self.layout)
 
     def _claim(self, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.=-]*", name):
@@ -271,12 +261,18 @@ def resolve_recipe(name: str) -> Callable[[Experiment], Any]:
         raise ConfigError(f"config.recipe={name!r}: {full} has no {function or 'recipe'}.") from e
 
 
+def _check_stages(config: ml_collections.FrozenConfigDict, path: str = "") -> None:
+    """Refuses an impossible setting of any stage before the first one runs."""
+    if {"steps", "optimizer"} <= set(config):
+        from_dict(FitConfig, config, path)
+        return
+    for name, value in config.items():
+        if isinstance(value, ml_collections.FrozenConfigDict):
+            _check_stages(value, f"{path}.{name}" if path else name)
+
+
 def _plain(value: Any) -> Any:
     """Turns NumPy and JAX scalars into Python's."""
     if isinstance(value, (str, bool, int, float)) or value is None:
         return value
     return np.asarray(value).item()
-
-
-def _is_metadata(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")

@@ -19,5 +19,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically, with sorted keys, so that equal values are equal files."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    """Writes JSON atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")

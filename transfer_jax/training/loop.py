@@ -706,7 +706,7 @@ class _Run:
                 "carried": self.objective,
             }
         )
-        if self.layout.mesh.size > 1:
+        if self.layout.mesh.shape["fsdp"] * self.layout.mesh.shape["model"] > 1:
             self._say(table)
         if self.workdir is not None:
             write_text(self.workdir / "layout.txt", table + "\n")

@@ -1,0 +1,164 @@
+"""The quickstart, killed and restarted as real processes: nothing changes, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from transfer_jax import trees
+from transfer_jax.training import load_variables
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("pretrain", "fine-tuning", "lora", "ewc")
+STEPS = 24
+SETTINGS = [
+    f"--config.{fit}.{key}={value}"
+    for fit in ("pretrain", "transfer", "lora.fit")
+    for key, value in (
+        ("steps", STEPS),
+        ("log_every", 4),
+        ("eval_every", 12),
+        ("checkpoint_every", 6),
+    )
+] + [f"--config.{fit}.optimizer.warmup_steps=2" for fit in ("pretrain", "transfer", "lora.fit")]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts the quickstart in a work directory; compiled programs are shared between runs."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(workdir, *arguments):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": "",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        }
+        command = [sys.executable, "-m", "launch.local", "--config=configs/quickstart.py",
+                   f"--workdir={workdir}", *SETTINGS, *arguments]  # fmt: skip
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    return run
+
+
+def finish(process, code=0):
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == code, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def reference(start, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("reference") / "run"
+    output = finish(start(workdir))
+    assert "Test accuracy" in output and "report.md" in output
+    return workdir
+
+
+def metrics(workdir, stage):
+    text = (workdir / "stages" / stage / "metrics.jsonl").read_text()
+    records = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in records]
+
+
+def parameters(workdir, stage):
+    return named(load_variables(workdir / "stages" / stage).params)
+
+
+def named(tree):
+    return dict(zip(trees.paths(tree), map(np.asarray, jax.tree.leaves(tree)), strict=True))
+
+
+def without_clock(workdir):
+    results = json.loads((workdir / "results.json").read_text())
+    table = results["tables"]["Test accuracy"]
+    column = table["columns"].index("seconds")
+    for row in table["rows"]:
+        row[column] = None
+    return results
+
+
+def assert_same(workdir, reference):
+    for stage in STAGES:
+        assert metrics(workdir, stage) == metrics(reference, stage)
+        ours, theirs = parameters(workdir, stage), parameters(reference, stage)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=f"{stage} {name}")
+    assert without_clock(workdir) == without_clock(reference)
+
+
+def at_step(process, workdir, stage, step):
+    """Waits until a stage has written a line at or after ``step``."""
+    file = workdir / "stages" / stage / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        lines = file.read_text().splitlines() if file.exists() else []
+        if lines and json.loads(lines[-1])["step"] >= step:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"the run never reached step {step} of {stage}: {process.stdout.read()}")
+
+
+def test_the_work_directory_is_complete(reference):
+    assert {p.name for p in reference.iterdir()} == {
+        "artifacts", "config.json", "report", "results.json", "stages",
+    }  # fmt: skip
+    assert {p.name for p in (reference / "stages").iterdir()} == set(STAGES)
+    text = (reference / "report" / "report.md").read_text()
+    assert "task vector" in text
+    assert len(list((reference / "report").glob("*.png"))) >= len(STAGES)
+
+
+@pytest.mark.slow
+def test_killed_at_random_steps_and_restarted(start, reference, tmp_path):
+    choose = random.Random(int.from_bytes(os.urandom(4), "big"))
+    workdir = tmp_path / "run"
+    for stage in sorted(choose.sample(STAGES, 2), key=STAGES.index):
+        step = choose.randrange(4, STEPS, 4)
+        print(f"killing {stage} after step {step}")
+        process = start(workdir)
+        at_step(process, workdir, stage, step)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (workdir / "results.json").exists()
+    finish(start(workdir))
+    assert_same(workdir, reference)
+
+
+@pytest.mark.slow
+def test_terminated_on_one_process_and_restarted_with_two(start, reference, tmp_path):
+    """The same example sequence; the parameters agree within float tolerance."""
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    at_step(process, workdir, "pretrain", 4)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, code=75)
+    assert "resume, run the same command" in output
+    finish(start(workdir, "--processes=2"))
+    for stage in STAGES:
+        for ours, theirs in zip(metrics(workdir, stage), metrics(reference, stage), strict=True):
+            assert ours.keys() == theirs.keys()
+            assert ours["step"] == theirs["step"]
+        ours, theirs = parameters(workdir, stage), parameters(reference, stage)
+        for name in ours:
+            np.testing.assert_allclose(
+                ours[name], theirs[name], rtol=2e-2, atol=2e-3, err_msg=f"{stage} {name}"
+            )
+    ours = metrics(workdir, "pretrain")
+    for a, b in zip(ours, metrics(reference, "pretrain")):
+        if "train/loss" in a:
+            np.testing.assert_allclose(a["train/loss"], b["train/loss"], rtol=1e-4)
