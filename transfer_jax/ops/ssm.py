@@ -99,7 +99,7 @@ def kernel_dplr(
 
     Args:
       dt: step, real [H].
-      lam: complex [H, n].
+      lam: complex [H, n]; none may be 0 (that mode has a pole at w = 1).
       p: complex [R, H, n].
       q: complex [R, H, n].
       b: complex [H, n].
