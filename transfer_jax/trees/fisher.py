@@ -44,7 +44,7 @@ def fisher_diagonal(
     *,
     kind: Kind = "exact",
     num_samples: int = 1,
-    chunk_size: int = 32,
+    chunk_size: int | None = None,
     key: Array | None = None,
     mask: Array | Callable[[Batch], Array] | None = None,
     normalize: Normalize | None = None,
@@ -75,8 +75,9 @@ def fisher_diagonal(
         first. Batches of one size share a compilation, and smaller ones are padded to it.
       kind: which estimator, see the module.
       num_samples: labels drawn per example, for ``mc``.
-      chunk_size: rows whose gradients are held at once. On a data-sharded mesh, a multiple of the
-        number of devices keeps each row on its device.
+      chunk_size: rows whose gradients are held at once. By default, for each device that the batch
+        is on, 1 on CPUs, where XLA then adds squares to the sum without storing gradients, and 32
+        on accelerators. A multiple of the number of devices keeps each row on its device.
       key: a typed key, for ``mc``. The i-th real example draws from ``fold_in(key, i)``.
       mask: weights [B] of the rows, 0 for padding: an array (for one batch), a function of the
         batch, or None for ``batch["mask"]`` where the batch is a mapping that has it. Padded rows
@@ -102,7 +103,7 @@ def fisher_diagonal(
     _check_option("likelihood", likelihood, Likelihood)
     if normalize is not None:
         _check_option("normalize", normalize, Normalize, "None")
-    if chunk_size < 1 or num_samples < 1:
+    if num_samples < 1 or (chunk_size is not None and chunk_size < 1):
         raise ValueError(
             f"chunk_size={chunk_size} and num_samples={num_samples}: both must be at least 1."
         )
@@ -112,10 +113,11 @@ def fisher_diagonal(
         raise ValueError("the score of a Gaussian is 0 at its mode: use kind='exact' or 'mc'.")
     check_same(params, names=["params"])
 
-    options = _Options(log_prob_or_loss, kind, likelihood, num_samples, chunk_size)
     key = jax.random.key(0) if key is None else key  # Unused unless kind is "mc".
     total, weight, seen = None, jnp.float32(0), jnp.int32(0)
     for batch, weights in _batches(batches, mask):
+        chunk_size = chunk_size or _default_chunk_size(batch)
+        options = _Options(log_prob_or_loss, kind, likelihood, num_samples, chunk_size)
         squares, counted, real = _batch_squares(options, params, batch, weights, key, seen)
         total = squares if total is None else _add_to(total, squares)
         weight, seen = weight + counted, seen + real
@@ -129,6 +131,15 @@ def _check_option(name: str, value: Any, options: Any, *more: str) -> None:
     allowed = [repr(o) for o in get_args(options)] + list(more)
     if repr(value) not in allowed:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
+
+
+def _default_chunk_size(batch: Batch) -> int:
+    arrays = [x for x in jax.tree.leaves(batch) if isinstance(x, jax.Array)]
+    devices = max(
+        (len(x.sharding.device_set) for x in arrays if not isinstance(x, jax.core.Tracer)),
+        default=1,
+    )
+    return devices * (1 if jax.default_backend() == "cpu" else 32)
 
 
 class _Options(NamedTuple):
