@@ -47,6 +47,23 @@ def test_order_statistics_of_difficult_numbers(values):
     np.testing.assert_allclose(found, np.sort(np.abs(x)), rtol=1e-7, atol=1e-37)
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.003, 0.8, 0.999, 1.0])
+@pytest.mark.parametrize("kind", ["normal", "sorted", "constant", "periodic", "nan"])
+def test_selection_on_host_is_exact_even_if_its_sample_misleads(kind, fraction):
+    x = RNG.normal(size=70_000).astype(np.float32)
+    if kind == "sorted":
+        x = np.sort(x)
+    elif kind == "constant":
+        x[:] = -2.0
+    elif kind == "periodic":
+        x[::509] = 0.0  # All that is sampled.
+    elif kind == "nan":
+        x[5:50_000] = np.nan
+    rank = int(fraction * (x.size - 1))
+    arrays = [x[:30_000].reshape(300, 100), jnp.asarray(x[30_000:])]
+    np.testing.assert_array_equal(order_statistics(arrays, [rank])[0], np.sort(np.abs(x))[rank])
+
+
 def test_bfloat16_and_sharded_leaves():
     narrow = {"w": TREE["a"].astype(jnp.bfloat16)}
     wide = {"w": narrow["w"].astype(jnp.float32)}

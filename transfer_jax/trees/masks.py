@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -13,23 +13,22 @@ from transfer_jax.trees.arithmetic import wide
 from transfer_jax.trees.paths import Array, PyTree, check_same
 
 
-def order_statistics(arrays: Sequence[Array], ranks: Sequence[int]) -> list[Array]:
+def order_statistics(arrays: Iterable[Array], ranks: Sequence[int]) -> list[Array]:
     """Returns the magnitudes that would be at ``ranks`` if all of them were sorted, ascending.
 
-    Exact, and without a sort: NumPy's quickselect for arrays in host memory; elsewhere, and under
-    ``jit``, 31 passes that count (the bits of a positive float32 are ordered as it is).
+    Exact, and without a sort: by selection for arrays in host memory; elsewhere, and under
+    ``jit``, by 31 passes that count (the bits of a positive float32 are ordered as it is).
 
     Args:
-      arrays: taken together as one list of numbers.
+      arrays: taken together as one list of numbers. For arrays in host memory any collection that
+        can be iterated over several times, such as one that computes or reads them one by one.
       ranks: counted from 0.
 
     >>> [float(x) for x in order_statistics([jnp.array([3.0, -1.0]), jnp.array([2.0])], [0, 2])]
     [1.0, 3.0]
     """
-    if all(_on_host(x) for x in arrays):
-        magnitudes = np.concatenate([_host_magnitudes(x) for x in arrays])
-        magnitudes.partition(sorted(set(ranks)))
-        return [jnp.asarray(magnitudes[r]) for r in ranks]
+    if all(_on_host(x) for x in (arrays if isinstance(arrays, list) else [next(iter(arrays))])):
+        return [jnp.asarray(_select_on_host(arrays, rank)) for rank in ranks]
     parts = [jnp.abs(wide(x)) for x in arrays]
     if any(x.dtype != jnp.float32 for x in parts):
         ordered = jnp.sort(jnp.concatenate([x.ravel() for x in parts]))
@@ -60,8 +59,34 @@ def _on_host(x: Array) -> bool:
     return True
 
 
-def _host_magnitudes(x: Array) -> np.ndarray:
-    flat = np.asarray(x).ravel()
+_SAMPLED = 509  # One in so many; a prime, so that samples wander over the rows of a matrix.
+
+
+def _select_on_host(arrays: Iterable[Array], rank: int) -> np.ndarray:
+    samples, size = [], 0
+    for x in arrays:
+        samples.append(_host_magnitudes(x, _SAMPLED))
+        size += jnp.size(x)
+    sample = np.sort(np.concatenate(samples))
+    # Bounds that the sought number is almost certainly between, by the spread of a binomial.
+    fraction = rank / size
+    margin = 4 * np.sqrt(sample.size * fraction * (1 - fraction)) + 2
+    first, last = int(fraction * sample.size - margin), int(fraction * sample.size + margin)
+    low = sample[first] if first >= 0 else 0.0
+    high = sample[last] if last < sample.size else np.inf
+    below, between = 0, []
+    for x in arrays:
+        magnitudes = _host_magnitudes(x)
+        below += int(np.count_nonzero(magnitudes < low))
+        between.append(magnitudes[(magnitudes >= low) & (magnitudes <= high)])
+    candidates = np.concatenate(between)
+    if not below <= rank < below + candidates.size:  # The sample misled, or there are NaNs.
+        below, candidates = 0, np.concatenate([_host_magnitudes(x) for x in arrays])
+    return np.partition(candidates, rank - below)[rank - below]
+
+
+def _host_magnitudes(x: Array, step: int = 1) -> np.ndarray:
+    flat = np.asarray(x).ravel()[::step]
     if flat.dtype.itemsize < 4:
         flat = flat.astype(np.float32)
     return np.abs(flat)
@@ -109,9 +134,17 @@ def magnitude_mask(tree: PyTree, keep: float, scope: Literal["leaf", "global"] =
     return jax.tree.map(lambda x: jnp.abs(wide(x)) >= smallest, tree)
 
 
-def smallest_kept(arrays: Sequence[Array], keep: float) -> Array:
-    """Returns the smallest magnitude among the fraction ``keep`` of largest ones."""
-    size = sum(np.size(x) if isinstance(x, float) else x.size for x in arrays)
+def smallest_kept(arrays: Iterable[Array], keep: float) -> Array:
+    """Returns the smallest magnitude among the fraction ``keep`` of largest ones.
+
+    Args:
+      arrays: as for ``order_statistics``.
+      keep: as for ``magnitude_mask``.
+
+    >>> smallest_kept([jnp.array([3.0, -1.0]), jnp.array([2.0])], 0.7)
+    Array(2., dtype=float32)
+    """
+    size = sum(jnp.size(x) for x in arrays)
     if keep >= 1 or size == 0:
         return jnp.float32(0)
     return order_statistics(arrays, [size - num_kept(keep, size)])[0]

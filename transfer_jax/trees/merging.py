@@ -6,10 +6,11 @@ Names of methods and options are those of mergekit where it has them. Everything
 float32 (or wider); the result has the dtype and the sharding of the base.
 """
 
+import dataclasses
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -581,6 +582,17 @@ def _compiled(
     return merged.astype(dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Changes:
+    """The magnitudes of a model's deltas, computed leaf by leaf whenever they are iterated over."""
+
+    base: Sequence[Array]
+    model: Sequence[Array]
+
+    def __iter__(self) -> Iterator[Array]:
+        return map(_delta, self.base, self.model)
+
+
 @jax.jit
 def _delta(base: Array, model: Array) -> Array:
     return jnp.abs(wide(model) - wide(base))
@@ -621,8 +633,10 @@ def _global_thresholds(
     fractions = _fractions("density", density, "", len(models))
 
     def of_model(i: int) -> Array:
-        tree = models[i] if vectors else jax.tree.map(_delta, base, models[i])
-        return smallest_kept(jax.tree.leaves(tree), fractions[i])
+        leaves = jax.tree.leaves(models[i])
+        return smallest_kept(
+            leaves if vectors else _Changes(jax.tree.leaves(base), leaves), fractions[i]
+        )
 
     return jnp.stack(map_on_host(of_model, len(models), jax.tree.leaves(models)))
 
