@@ -400,3 +400,5 @@ def test_trees_must_agree_and_bases_exist():
         trees.merge(BASE, [], "soup")
     with pytest.raises(ValueError, match="threshold"):
         trees.merge_leaf("w", jnp.ones(2), [jnp.ones(2)], "ties")
+    with pytest.raises(ValueError, match="whole models"):
+        trees.merge_leaf("w", jnp.ones(2), [jnp.ones(2)], "greedy_soup")

@@ -445,6 +445,8 @@ def _require_models(models: Sequence[Any]) -> None:
 
 def _checked_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns all options of the method, defaults filled in."""
+    if method == "greedy_soup":
+        raise ValueError("method 'greedy_soup' scores whole models; use merge.")
     if method not in METHODS:
         raise ValueError(_unknown("method", method, [*METHODS, "greedy_soup"]))
     options = {"lambda_" if name == "lambda" else name: value for name, value in options.items()}
