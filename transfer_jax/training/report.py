@@ -287,7 +287,7 @@ def _draw_stage(
         rows = math.ceil(len(panels) / columns)
         figure = _figure(max(5.2, 4.2 * columns), 3.2 * rows + 0.3)
         figure.suptitle(title, fontsize=13, fontweight="bold")
-        grid = figure.subplots(rows, columns, squeeze=False).flat
+        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, (metric, names) in zip(grid, panels.items()):
             for name in names:
                 _plot_line(axes, *curves[name], name.rpartition("/")[0] or metric)
@@ -295,7 +295,7 @@ def _draw_stage(
             axes.set_xlabel("step")
             if len(names) > 1 or "/" in names[0]:
                 axes.legend()
-        for axes in list(grid)[len(panels) :]:
+        for axes in grid[len(panels) :]:
             axes.set_visible(False)
         return figure
 
