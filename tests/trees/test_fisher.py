@@ -456,3 +456,25 @@ def test_kronecker_factors_ignore_padding_and_batches(kind):
     ]  # fmt: skip
     close(blocks[1], blocks[0], rtol=1e-4)
     close(blocks[2], blocks[0], rtol=1e-4)
+
+
+def test_on_a_mesh_the_batches_share_one_program():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    params = jax.device_put({"w": jnp.ones((3, 2))}, whole)
+    traced = []
+
+    def logits(p, batch):
+        traced.append(1)
+        return batch["x"] @ p["w"]
+
+    def batches(count):
+        for i in range(count):
+            yield jax.device_put({"x": jnp.full((8, 3), i + 1.0)}, rows)
+
+    trees.fisher_diagonal(logits, params, batches(1))
+    assert traced
+    traced.clear()
+    trees.fisher_diagonal(logits, params, batches(4))
+    assert not traced

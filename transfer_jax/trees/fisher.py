@@ -114,7 +114,7 @@ def fisher_diagonal(
     check_same(params, names=["params"])
 
     key = jax.random.key(0) if key is None else key  # Unused unless kind is "mc".
-    total, weight, seen = None, jnp.float32(0), jnp.int32(0)
+    total, weight, seen = None, jnp.float32(0), _zero_beside(params)
     for batch, weights in _batches(batches, mask):
         chunk_size = chunk_size or _default_chunk_size(batch)
         options = _Options(log_prob_or_loss, kind, likelihood, num_samples, chunk_size)
@@ -131,6 +131,17 @@ def _check_option(name: str, value: Any, options: Any, *more: str) -> None:
     allowed = [repr(o) for o in get_args(options)] + list(more)
     if repr(value) not in allowed:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
+
+
+def _zero_beside(params: PyTree) -> Array:
+    """A zero on the mesh of ``params``: were it elsewhere, the second batch would recompile."""
+    zero = jnp.int32(0)
+    for x in jax.tree.leaves(params):
+        sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+            return jax.device_put(zero, whole)
+    return zero
 
 
 def _default_chunk_size(batch: Batch) -> int:
@@ -515,7 +526,7 @@ def kfac_blocks(
         raise ValueError("kind='mc' draws labels: give key=jax.random.key(...).")
     key = jax.random.key(0) if key is None else key
     options = _Options(tapped, kind, likelihood, num_samples, 1)
-    total, weight, seen = None, jnp.float32(0), jnp.int32(0)
+    total, weight, seen = None, jnp.float32(0), _zero_beside(params)
     for batch, weights in _batches(batches, mask):
         zeros = {name: jnp.zeros((weights.shape[0], n)) for name, n in taps.items()}
         blocks, counted, real = _batch_blocks(options, params, zeros, batch, weights, key, seen)
