@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _SUBPACKAGES = (
-    "data", "interop", "metrics", "models", "nn", "objectives", "ops", "papers", "training", "trees",
+    "data", "models", "nn", "objectives", "ops", "papers", "training", "trees",
 )  # fmt: skip
 _NAMES = {
     "Aux": "objectives",
@@ -32,14 +32,14 @@ _NAMES = {
 }
 
 if TYPE_CHECKING:
-    from transfer_jax import data, metrics, models, nn, objectives, ops, papers, training, trees
+    from transfer_jax import data, models, nn, objectives, ops, papers, training, trees
     from transfer_jax.configuration import get_config, list_configs
     from transfer_jax.objectives import Aux, Objective, Variables
     from transfer_jax.training import Experiment, FitConfig, fit
 
 __all__ = [
     "Aux", "Experiment", "FitConfig", "Objective", "Variables", "data", "fit", "get_config",
-    "list_configs", "metrics", "models", "nn", "objectives", "ops", "papers", "training", "trees",
+    "list_configs", "models", "nn", "objectives", "ops", "papers", "training", "trees",
 ]  # fmt: skip
 
 
