@@ -8,6 +8,7 @@ Parameters are stored real (complex ones with real and imaginary part in a last 
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -45,6 +46,40 @@ def _as_complex(x: Array) -> Array:
 
 def _as_real(x: Any) -> np.ndarray:
     return np.stack([np.real(x), np.imag(x)], axis=-1).astype(np.float32)
+
+
+@functools.cache
+def _initial_nplr(
+    name: str, size: int, rank: int | None, copies: int, seed: int
+) -> tuple[hippo.NPLR, ...]:
+    """One NPLR system per copy."""
+    if name == "random_nplr":
+        rng = np.random.default_rng(seed)
+        return tuple(hippo.random_nplr(size, rank or 1, rng) for _ in range(copies))
+    system = hippo.measure(name, size)
+    natural = len(system.p)
+    rank = natural if rank is None else rank
+    if rank < natural:
+        raise ValueError(f"a_init={name!r} has a correction of rank {natural}, got rank={rank}")
+    p = np.concatenate([system.p, np.zeros((rank - natural, size))])
+    return (system._replace(p=p),) * copies
+
+
+@functools.cache
+def _initial_modes(
+    name: str, size: int, rank: int | None, copies: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lambda [S, n], B [S, n] and P [R, S, n]; cached, since every trace sets modules up anew."""
+    if name in _INITS["diag"]:
+        lam, b = hippo.diagonal(name, size)
+        return np.tile(lam, (copies, 1)), np.tile(b, (copies, 1)), np.zeros((0, copies, size // 2))
+    systems = _initial_nplr(name, size, rank, copies, seed)
+    if name == "random_nplr":
+        modes = [hippo.to_dplr(system) for system in systems]
+    else:
+        modes = [hippo.to_dplr(systems[0])] * copies
+    b = np.stack([mode.b for mode in modes])
+    return np.stack([mode.lam for mode in modes]), b, np.stack([mode.p for mode in modes], 1)
 
 
 class SSMKernel(nn.Module):
@@ -133,35 +168,13 @@ class SSMKernel(nn.Module):
         return self.features if self.n_ssm is None else self.n_ssm
 
     @property
+    def _init_key(self) -> tuple[str, int, int | None, int, int]:
+        return self._init_name, self.state_size, self.rank, self._copies, self.init_seed
+
+    @property
     def _length(self) -> int:
         """The internal length at the present sampling rate."""
         return max(1, round((self.l_max or 0) / self.rate))
-
-    def _initial_nplr(self) -> list[hippo.NPLR]:
-        """One NPLR system per copy."""
-        copies, name = self._copies, self._init_name
-        if name == "random_nplr":
-            rng = np.random.default_rng(self.init_seed)
-            return [hippo.random_nplr(self.state_size, self.rank or 1, rng) for _ in range(copies)]
-        system = hippo.measure(name, self.state_size)
-        natural = len(system.p)
-        rank = natural if self.rank is None else self.rank
-        if rank < natural:
-            raise ValueError(f"a_init={name!r} has a correction of rank {natural}, got rank={rank}")
-        p = np.concatenate([system.p, np.zeros((rank - natural, self.state_size))])
-        return [system._replace(p=p)] * copies
-
-    def _initial_modes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lambda [S, n], B [S, n] and P [R, S, n]."""
-        if self.kernel == "diag":
-            lam, b = hippo.diagonal(self._init_name, self.state_size)
-            copies = self._copies
-            return np.tile(lam, (copies, 1)), np.tile(b, (copies, 1)), np.zeros((0, copies, 1))
-        systems = self._initial_nplr()
-        distinct = {id(system.a): hippo.to_dplr(system) for system in systems}
-        modes = [distinct[id(system.a)] for system in systems]
-        b = np.stack([mode.b for mode in modes])
-        return np.stack([mode.lam for mode in modes]), b, np.stack([mode.p for mode in modes], 1)
 
     def _initial_lambda_re(self, real: np.ndarray) -> np.ndarray:
         decay = np.maximum(-real, _SMALLEST_DECAY)
@@ -196,7 +209,7 @@ class SSMKernel(nn.Module):
                 rng = np.random.default_rng(self.init_seed)
                 systems = [hippo.random_dense(self.state_size, rng) for _ in range(self._copies)]
             else:
-                systems = [(system.a, system.b) for system in self._initial_nplr()]
+                systems = [(system.a, system.b) for system in _initial_nplr(*self._init_key)]
             a, b = (np.stack(x).astype(np.float32) for x in zip(*systems))
             self.a = self.param("a", lambda key: jnp.asarray(a))
             self.b = self.param("b", lambda key: jnp.asarray(b))
@@ -204,7 +217,7 @@ class SSMKernel(nn.Module):
             self.c = self.param("c", nn.initializers.normal(1.0), shape)
             return
 
-        lam, b, p = self._initial_modes()
+        lam, b, p = _initial_modes(*self._init_key)
         if self.b_clip is not None:
             b = b.real + 1j * np.clip(b.imag, -self.b_clip, self.b_clip)
         real, imag = self._initial_lambda_re(lam.real), lam.imag.astype(np.float32)
