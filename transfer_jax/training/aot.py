@@ -50,7 +50,7 @@ def lower_step(
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(lambda o, k, b: o.init(k, b), objective, key, batch)
     names = metric_names(objective, shapes, batch)
-    objective = objective.release()
+    carried = jax.eval_shape(lambda o: o, objective.release())
     tx, _ = make_optimizer(config.optimizer, config.steps, shapes.params)
     opt_shapes = jax.eval_shape(tx.init, shapes.params)
 
@@ -70,7 +70,7 @@ def lower_step(
             layout.replicated,
         ),
     )
-    carried = _placed(objective, layout.shardings(objective))
+    carried = _placed(carried, layout.shardings(carried))
     step = jax.jit(
         make_step(tx, config, layout),
         donate_argnums=0,
