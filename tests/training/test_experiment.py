@@ -151,3 +151,10 @@ def test_a_directory_in_which_nothing_was_computed_takes_another_config(tmp_path
     other = make_config(seed=5)
     Experiment(other, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 5
+
+
+def test_the_report_can_be_shown_in_a_notebook(finished):
+    pytest.importorskip("IPython")
+    text = Experiment(make_config(), finished[0]).show().data
+    assert "| target | 0.5 |" in text and text.count("data:image/png;base64,") >= 4
+    assert ".png)" not in text

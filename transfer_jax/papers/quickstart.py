@@ -15,9 +15,7 @@ import jax
 import numpy as np
 
 from transfer_jax import trees
-from transfer_jax.data.pipeline import Pipeline
-from transfer_jax.data.registry import load
-from transfer_jax.data.splits import select_classes
+from transfer_jax.data import Pipeline, load, select_classes
 from transfer_jax.models import SequenceClassifier
 from transfer_jax.objectives import Classification, LowRank, Penalized, Variables, WarmStart
 from transfer_jax.training import Experiment

@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from transfer_jax.training.config import FitConfig, OptimizerConfig, base_config, fit_config
     from transfer_jax.training.experiment import Experiment
     from transfer_jax.training.loop import Fitted, NonFiniteError, Preempted, evaluate, fit
-    from transfer_jax.training.report import write_report
+    from transfer_jax.training.report import print_results, write_report
     from transfer_jax.training.sharding import Layout, make_mesh
+    from transfer_jax.training.writers import read_metrics
 
 # Resolved on first use: config files and reports need neither flax nor orbax.
 _HOME = {
@@ -26,12 +27,15 @@ _HOME = {
     "fit_config": "config",
     "load_variables": "checkpoint",
     "make_mesh": "sharding",
+    "print_results": "report",
+    "read_metrics": "writers",
     "write_report": "report",
 }
 
 __all__ = [
     "Experiment", "FitConfig", "Fitted", "Layout", "NonFiniteError", "OptimizerConfig", "Preempted",
-    "base_config", "evaluate", "fit", "fit_config", "load_variables", "make_mesh", "write_report",
+    "base_config", "evaluate", "fit", "fit_config", "load_variables", "make_mesh", "print_results",
+    "read_metrics", "write_report",
 ]  # fmt: skip
 
 

@@ -1,7 +1,9 @@
 """Orbax checkpoints of a stage: asynchronous, the newest few kept, restored onto any mesh."""
 
+import contextlib
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def read_tree(path: str | Path, layout: Layout | None = None) -> PyTree:
     Returns:
       Nested dictionaries and lists of arrays; tuples come back as lists.
     """
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _no_metadata_warning(), ocp.StandardCheckpointer() as checkpointer:
         path = Path(path).absolute()
         saved = checkpointer.metadata(path).item_metadata.tree
         shapes = jax.tree.map(
@@ -55,6 +57,21 @@ def read_tree(path: str | Path, layout: Layout | None = None) -> PyTree:
         else:
             shardings = layout.shardings(shapes)
         return checkpointer.restore(path, abstract(shapes, shardings))
+
+
+@contextlib.contextmanager
+def _no_metadata_warning() -> Iterator[None]:
+    """An item of a checkpoint has no metadata file of its own; orbax warns of it, needlessly."""
+    logger = logging.getLogger("absl")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "_CHECKPOINT_METADATA" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def load_variables(stage: str | Path, *, layout: Layout | None = None) -> Variables:

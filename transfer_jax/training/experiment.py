@@ -1,5 +1,6 @@
 """An experiment: named stages and artifacts in a work directory that can be resumed."""
 
+import base64
 import importlib
 import json
 import re
@@ -241,6 +242,18 @@ class Experiment:
     def report(self) -> Path:
         """Writes ``report/`` from the files of the work directory; returns the path of its text."""
         return report.write_report(self.workdir)
+
+    def show(self) -> Any:
+        """Writes the report and returns it, plots included, for display in a notebook."""
+        from IPython.display import Markdown
+
+        path = self.report()
+
+        def embed(match: re.Match) -> str:
+            image = base64.b64encode((path.parent / match[2]).read_bytes()).decode()
+            return f"![{match[1]}](data:image/png;base64,{image})"
+
+        return Markdown(re.sub(r"!\[([^\]]*)\]\(([^)]+\.png)\)", embed, path.read_text()))
 
 
 def resolve_recipe(name: str) -> Callable[[Experiment], Any]:

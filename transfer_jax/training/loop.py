@@ -685,7 +685,8 @@ class _Run:
     def _describe(self, state: TrainState, start: int) -> None:
         """Says what is about to run, and leaves the table of all arrays beside the checkpoints."""
         trained = profiling.parameter_count(state.variables.params)
-        carried = profiling.parameter_count(self.objective)
+        arrays = [x for x in jax.tree.leaves(self.objective) if x.ndim]
+        carried = profiling.parameter_count(arrays)
         held = sum(map(bytes_per_device, (state, self.objective)))
         text = f"{self.label}: {trained:,} trained parameters"
         if carried:

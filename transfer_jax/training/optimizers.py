@@ -45,7 +45,8 @@ def schedule_shape(config: OptimizerConfig, steps: int) -> Schedule:
     warmup = config.warmup_steps
     if warmup and warmup >= steps:
         raise ConfigError(
-            f"optimizer.warmup_steps={warmup} is not shorter than the stage of {steps} steps."
+            f"optimizer.warmup_steps={warmup} is not shorter than the stage of {steps} steps; "
+            "set it below."
         )
     rest = steps - warmup
     if config.schedule == "cosine":
