@@ -220,14 +220,18 @@ def test_diagonal_kernel_is_its_power_series_and_scipy(x64, method):
         np.testing.assert_allclose(kernel[:, h], expected[:, 0], atol=1e-9)
 
 
-def test_zero_order_hold_of_a_dense_system_is_scipys(x64):
-    _, (a, b, c) = dplr("legs", 6, features=1)
-    ab, bb = ssm.discretise_dense(
-        jnp.array([0.07]), jnp.asarray(a)[None], jnp.asarray(b)[None], "zoh"
+def test_solve_pivots_and_differentiates_as_linalg_does(x64):
+    rng = np.random.default_rng(8)
+    matrix = jnp.asarray(rng.normal(size=(3, 6, 6)))
+    matrix = matrix.at[:, 0, 0].set(0)  # no pivot without a swap
+    right = jnp.asarray(rng.normal(size=(3, 6, 2)))
+    np.testing.assert_allclose(jax.jit(ssm.solve)(matrix, right), jnp.linalg.solve(matrix, right))
+    ours, theirs = (
+        jax.jit(jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1)))(matrix, right)
+        for f in (ssm.solve, jnp.linalg.solve)
     )
-    expected = scipy.signal.cont2discrete((a, b[:, None], c[0], 0), 0.07, "zoh")
-    np.testing.assert_allclose(ab[0], expected[0], atol=1e-12)
-    np.testing.assert_allclose(bb[0], expected[1][:, 0], atol=1e-12)
+    for a, b in zip(ours, theirs):
+        np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-10)
 
 
 def test_truncation_is_undone_and_length_doubled(x64):

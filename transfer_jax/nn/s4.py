@@ -101,8 +101,8 @@ class SSMKernel(nn.Module):
       dt_transform: 'exp' or 'softplus' of the stored ``log_dt``.
       dt_min: smallest initial step.
       dt_max: largest initial step (log-uniform between the two).
-      discretisation: of kernels diag and dense; dplr is always bilinear. None = 'zoh' for diag,
-        'bilinear' for dense.
+      discretisation: 'zoh' or 'bilinear' of the diag kernel; dplr and dense are always bilinear.
+        None = 'zoh' for diag.
       b_clip: clamps Im(B) to [-b_clip, b_clip] at initialisation; None = exact HiPPO.
       freeze_a: no gradient to A (Lambda, P, Q).
       l_max: length for which C is stored truncated (dplr, required), or number of taps (free).
@@ -276,8 +276,7 @@ class SSMKernel(nn.Module):
     def _dense(self) -> ssm.Dense:
         a = lax.stop_gradient(self.a) if self.freeze_a else self.a
         a, b = self._per_feature(a), self._per_feature(self.b)
-        method = self.discretisation or "bilinear"
-        return ssm.Dense(*ssm.discretise_dense(self._dt(self.rate), a, b, method), self.c)
+        return ssm.Dense(*ssm.discretise_dense(self._dt(self.rate), a, b), self.c)
 
     def __call__(self, length: int) -> Array:
         """The convolution kernels.

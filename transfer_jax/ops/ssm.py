@@ -254,32 +254,66 @@ def kernel_dense(ab: Array, bb: Array, c: Array, length: int) -> Array:
 # Discrete systems --------------------------------------------------------------------------------
 
 
-def discretise_dense(
-    dt: Array, a: Array, b: Array, method: str = "bilinear"
-) -> tuple[Array, Array]:
-    """Discretises ``x' = A x + B u`` for any A.
+def _eliminate(matrix: Array, right: Array) -> Array:
+    """Gauss-Jordan elimination with partial pivoting over leading batch axes."""
+    size = matrix.shape[-1]
+    rows = jnp.arange(size)
+
+    def body(i, work):
+        column = lax.dynamic_index_in_dim(work, i, axis=-1, keepdims=False)
+        pivot = jnp.argmax(jnp.where(rows >= i, jnp.abs(column), -1), axis=-1)[..., None]
+        order = jnp.where(rows == i, pivot, jnp.where(rows == pivot, i, rows))
+        work = jnp.take_along_axis(work, order[..., None], axis=-2)
+        row = lax.dynamic_index_in_dim(work, i, axis=-2)
+        row = row / lax.dynamic_index_in_dim(row, i, axis=-1)
+        factor = lax.dynamic_index_in_dim(work, i, axis=-1)
+        return jnp.where(rows[:, None] == i, row, work - factor * row)
+
+    work = jnp.concatenate([matrix, right], axis=-1)
+    return lax.fori_loop(0, size, body, work)[..., size:]
+
+
+def solve(matrix: Array, right: Array) -> Array:
+    """Solves ``matrix x = right`` for many small systems with array operations alone.
+
+    Used in place of ``jnp.linalg.solve``, whose batched LAPACK calls are not partitioned over
+    devices, and on hosts with few cores wait for each other for ever when several layers issue them
+    at the same time (observed with jaxlib 0.10.2 on two cores).
+
+    Args:
+      matrix: [..., N, N].
+      right: [..., N, K].
+
+    Returns:
+      [..., N, K].
+    """
+
+    def product(x):
+        return jnp.matmul(matrix, x, precision=HIGHEST)
+
+    return lax.custom_linear_solve(
+        product,
+        right,
+        solve=lambda _, b: _eliminate(matrix, b),
+        transpose_solve=lambda _, b: _eliminate(jnp.swapaxes(matrix, -1, -2), b),
+    )
+
+
+def discretise_dense(dt: Array, a: Array, b: Array) -> tuple[Array, Array]:
+    """Bilinear discretisation of ``x' = A x + B u`` for any A.
 
     Args:
       dt: real [H].
       a: [H, N, N].
       b: [H, N].
-      method: 'bilinear' or 'zoh'.
 
     Returns:
       ``Ab`` [H, N, N] and ``Bb`` [H, N].
     """
     eye = jnp.eye(a.shape[-1], dtype=a.dtype)
     step = dt[:, None, None] * a
-    if method == "bilinear":
-        right = jnp.concatenate([eye + step / 2, dt[:, None, None] * b[..., None]], axis=-1)
-        solved = jnp.linalg.solve(eye - step / 2, right)
-    elif method == "zoh":
-        # exp of the augmented matrix [[A dt, B dt], [0, 0]] holds both.
-        augmented = jnp.concatenate([step, dt[:, None, None] * b[..., None]], axis=-1)
-        augmented = jnp.pad(augmented, ((0, 0), (0, 1), (0, 0)))
-        solved = jax.vmap(jax.scipy.linalg.expm)(augmented)[:, :-1]
-    else:
-        raise ValueError(f"unknown discretisation {method!r}; choose 'bilinear' or 'zoh'")
+    right = jnp.concatenate([eye + step / 2, dt[:, None, None] * b[..., None]], axis=-1)
+    solved = solve(eye - step / 2, right)
     return solved[..., :-1], solved[..., -1]
 
 
@@ -458,7 +492,7 @@ def restore_output(system: Discrete, length: int) -> Array:
     dense = dense_form(system)
     eye = jnp.eye(dense.a.shape[-1], dtype=dense.a.dtype)
     matrix = eye - jnp.linalg.matrix_power(dense.a, length)
-    solved = jnp.linalg.solve(jnp.swapaxes(matrix, -1, -2), jnp.moveaxis(dense.c, 0, -1))
+    solved = solve(jnp.swapaxes(matrix, -1, -2), jnp.moveaxis(dense.c, 0, -1))
     return _row_from_real(jnp.moveaxis(solved, -1, 0))
 
 
