@@ -1,4 +1,6 @@
-"""The command line: ``transfer-jax list | run | report``; ``launch/local.py`` shares ``run``.
+"""The command line: ``transfer-jax list | run | report | merge``.
+
+``launch/local.py`` shares ``run``.
 
 Exit codes: 0 done; 1 failed; 2 the command line is wrong; 75 stopped by SIGTERM or Ctrl-C after a
 checkpoint was saved, so that the same command resumes.
@@ -39,6 +41,16 @@ A job that was stopped or killed resumes with the same command.
 Exit codes: 0 done, 1 failed, 2 wrong command line, 75 stopped with a checkpoint saved.
 """
 
+_MERGE_HELP = """\
+A checkpoint is a safetensors file, or a directory with model.safetensors or with shards and
+model.safetensors.index.json. Methods and their options: docs/merge.md.
+
+  transfer-jax merge --method ties --base A --models B C --option density=0.3 --out D
+  transfer-jax merge --recipe recipe.yaml --out D
+
+OUT appears when the merge is complete; a merge that was killed is run again.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``transfer-jax`` and returns its exit code."""
@@ -67,6 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     report.add_argument("workdir", metavar="WORKDIR", type=Path)
     report.add_argument("--debug", action="store_true", help="show tracebacks of all errors")
+    merge = commands.add_parser(
+        "merge",
+        help="merge checkpoints",
+        description="Merges checkpoints in safetensors files, tensor by tensor.",
+        epilog=_MERGE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_merge_options(merge)
 
     arguments, overrides = _split_overrides(parser, arguments)
     options = parser.parse_args(arguments)
@@ -74,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _guarded(options.debug, _list)
     if options.command == "report":
         return _guarded(options.debug, lambda: _report(options.workdir))
+    if options.command == "merge":
+        return _merge(options)
     return _run(options, overrides, ["transfer-jax", "run"])
 
 
@@ -124,6 +147,36 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks of all errors")
     # Set for the processes of --processes: the command that the user typed.
     parser.add_argument("--launched_by", help=argparse.SUPPRESS)
+
+
+def _add_merge_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="a new directory")
+    parser.add_argument("--method", help="soup, task_arithmetic, ties, dare_linear, slerp, …")
+    parser.add_argument("--base", metavar="PATH", help="what the models were fine-tuned from")
+    parser.add_argument("--models", metavar="PATH", nargs="+", help="one or more models")
+    parser.add_argument("--weights", metavar="W", nargs="+", type=float, help="one per model")
+    parser.add_argument(
+        "--option", metavar="KEY=VALUE", nargs="+", action="extend",
+        help="options of the method, such as density=0.3 scope=leaf",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fisher", metavar="PATH", nargs="+", help="Fisher diagonals, one file per model"
+    )
+    parser.add_argument("--dtype", help="of the result; default: that of the base")
+    parser.add_argument("--seed", type=int, help="of random methods; default: 0")
+    parser.add_argument(
+        "--missing", choices=["error", "base", "skip"],
+        help="what becomes of a tensor that some input lacks or has in another shape; default: "
+        "error",
+    )  # fmt: skip
+    parser.add_argument("--recipe", metavar="FILE", help="all of these, except --out, in YAML")
+    parser.add_argument(
+        "--max_shard_size", "--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB"
+    )
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="print the plan, and compute nothing"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of all errors")
 
 
 def _split_overrides(
@@ -437,6 +490,93 @@ def _report(workdir: Path) -> int:
     if results.exists():
         print_results(json.loads(results.read_text()))
     print(f"report: {path}")
+    return OK
+
+
+# -- merge ----------------------------------------------------------------------------------------
+
+
+def _merge(options: argparse.Namespace) -> int:
+    planned: list[Any] = []
+
+    def plan() -> int:
+        from transfer_jax.trees import files, streaming
+
+        size = streaming.parse_size(options.max_shard_size)
+        files.check_new(options.out)
+        planned.extend([streaming.plan_merge(_merge_recipe(options)), size])
+        return OK
+
+    code = _guarded(options.debug, plan, failed=USAGE)
+    if code != OK:
+        return code
+    print(planned[0].describe(), flush=True)
+    if options.dry_run:
+        print(f"out: {options.out}\ndry run: nothing was computed or written")
+        return OK
+    return _guarded(options.debug, lambda: _write_merge(planned[0], planned[1], options.out))
+
+
+def _merge_recipe(options: argparse.Namespace) -> Any:
+    from transfer_jax.trees import streaming
+
+    names = (
+        "method", "base", "models", "weights", "option", "fisher", "dtype", "seed", "missing"
+    )  # fmt: skip
+    given = [f"--{name}" for name in names if getattr(options, name) is not None]
+    if options.recipe:
+        if given:
+            raise ConfigError(f"{', '.join(given)} with --recipe: write it in {options.recipe}.")
+        return streaming.read_recipe(options.recipe)
+    if not options.method or not options.models:
+        raise ConfigError("give --method and --models, or --recipe.")
+    method_options = dict(map(streaming.parse_option, options.option or []))
+    if options.weights:
+        method_options["weight"] = options.weights
+    return streaming.Recipe(
+        method=options.method,
+        models=tuple(options.models),
+        base=options.base,
+        options=method_options,
+        fishers=tuple(options.fisher or ()),
+        dtype=options.dtype,
+        seed=options.seed or 0,
+        missing=options.missing or "error",
+    )
+
+
+def _write_merge(plan: Any, max_shard_size: int, out: Path) -> int:
+    import resource
+
+    from transfer_jax.training.progress import Progress
+    from transfer_jax.trees import streaming
+
+    def peak() -> float:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+    before, start = peak(), time.monotonic()
+    progress: list[Progress] = []
+
+    def report(done: int, total: int) -> None:
+        if not progress:
+            progress.append(Progress(total, "merge"))
+        progress[0].update(done, {"peak MiB": peak()})
+
+    try:
+        written = streaming.write_merge(
+            plan, out, max_shard_size=max_shard_size, report=report,
+            note=f"Made by `transfer-jax merge`, version {transfer_jax.__version__}.",
+        )  # fmt: skip
+    finally:
+        for bar in progress:
+            bar.close()
+    print(
+        f"wrote {out} ({len(written)} file{'s' * (len(written) > 1)}) in "
+        f"{time.monotonic() - start:.1f} s; peak memory {peak():.0f} MiB, {before:.0f} MiB of it "
+        "before the merge",
+        flush=True,
+    )
     return OK
 
 
