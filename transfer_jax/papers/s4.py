@@ -293,7 +293,8 @@ def _record_training(exp: Experiment, fitted: Fitted) -> None:
 
 # -- convolution and recurrence (demonstration A) -------------------------------------------------
 
-# Systems by name: fields of SSMKernel, and the mode in which a parallel scan can run them.
+# Systems by name: fields of SSMKernel, and the mode in which a parallel scan can run them. There is
+# none for LegS: its eigenbasis is too ill-conditioned.
 _SYSTEMS: dict[str, tuple[dict[str, Any], str | None]] = {
     "S4 LegS": ({}, None),
     "S4 FouT": ({"a_init": "fout"}, "diagonal"),
@@ -327,8 +328,8 @@ def recurrence(exp: Experiment) -> None:
     exp.record("recurrence is faster by", round(cost["convolution"] / cost["recurrence"], 1))
     exp.record(
         "how the convolution's time was estimated",
-        "least of 20 runs at each length below, kernel computed once; interpolated linearly "
-        "and summed over all lengths",
+        "least of 20 runs at each length below, kernel computed once, one call a step (the "
+        "recurrence makes one call for many); interpolated linearly and summed over all lengths",
     )
     columns = ["length", "seconds per convolution"]
     exp.table("One convolution of a prefix", columns, cost["convolutions"])
@@ -426,7 +427,7 @@ def _generation(exp: Experiment, cfg: Any) -> dict[str, Any]:
     # Another job on the machine can only add time: the least of several is what a step costs.
     times = np.min([generate_all()[0] for _ in range(20)], axis=0)
 
-    # What was generated, convolved: output k must be atanh of input k + 1.
+    # What was generated, convolved: tanh of output k must be input k + 1.
     signal = inputs[:-1].T[None]
     outputs = jnp.tanh(fft_convolve(signal, taps[0, :, : signal.shape[-1]]))[0].T
     error = float(jnp.abs(outputs - inputs[1:]).max() / jnp.abs(inputs[1:]).max())
