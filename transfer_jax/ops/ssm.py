@@ -276,9 +276,8 @@ def _eliminate(matrix: Array, right: Array) -> Array:
 def solve(matrix: Array, right: Array) -> Array:
     """Solves ``matrix x = right`` for many small systems with array operations alone.
 
-    Used in place of ``jnp.linalg.solve``, whose batched LAPACK calls are not partitioned over
-    devices, and on hosts with few cores wait for each other for ever when several layers issue them
-    at the same time (observed with jaxlib 0.10.2 on two cores).
+    Used in place of ``jnp.linalg.solve``: its batched LAPACK calls block the host's thread pool, and
+    those of several layers at once can wait for each other for ever (jaxlib 0.10.2, two cores).
 
     Args:
       matrix: [..., N, N].
