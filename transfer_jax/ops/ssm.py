@@ -276,7 +276,7 @@ def _eliminate(matrix: Array, right: Array) -> Array:
 def solve(matrix: Array, right: Array) -> Array:
     """Solves ``matrix x = right`` for many small systems with array operations alone.
 
-    Used in place of ``jnp.linalg.solve``: its batched LAPACK calls block the host's thread pool, and
+    Used in place of ``jnp.linalg.solve``: its batched LAPACK calls block a host's threads, and
     those of several layers at once can wait for each other for ever (jaxlib 0.10.2, two cores).
 
     Args:
