@@ -298,3 +298,20 @@ def test_processes_end_with_the_one_that_launched_them(files):
     deadline = time.monotonic() + 60
     while not still():
         assert time.monotonic() < deadline
+
+
+def test_a_recipe_may_lie_beside_its_config_file(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "my_config.py").write_text(
+        "from transfer_jax.training import base_config\n"
+        "def get_config(variant=''):\n    return base_config('my_recipe:recipe')\n"
+    )
+    (folder / "my_recipe.py").write_text("def recipe(exp):\n    exp.record('answer', 42)\n")
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-m", "transfer_jax.cli", "run", "mine/my_config.py", "--workdir=run"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["scalars"]["answer"] == 42

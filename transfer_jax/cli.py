@@ -216,6 +216,8 @@ def _run(options: argparse.Namespace, overrides: list[str], program: list[str]) 
 
     def resolve() -> int:
         spec = configuration.find_config(options.config)
+        if spec.path.parent != configuration.config_directory():
+            sys.path.insert(0, str(spec.path.parent.absolute()))  # its recipe may lie beside it
         config = configuration.apply_overrides(configuration.load_config(options.config), overrides)
         workdir = options.workdir or Path("runs", "-".join(filter(None, spec[1:])))
         gpus = _gpus_per_process(options) if options.processes > 1 else None

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from transfer_jax.objectives import Objective
-from transfer_jax.training.config import ConfigError, FitConfig
-from transfer_jax.training.loop import TrainState, make_step, metric_names
+from transfer_jax.training.config import FitConfig
+from transfer_jax.training.loop import TrainState, check_batch, make_step, metric_names
 from transfer_jax.training.optimizers import make_optimizer
 from transfer_jax.training.sharding import Layout
 
@@ -40,13 +40,7 @@ def lower_step(
       ConfigError: the batch does not divide by the devices and microbatches.
       ValueError: a partition rule does not fit a parameter.
     """
-    pieces = layout.batch_devices * config.accumulate
-    if any(x.shape[0] % pieces for x in jax.tree.leaves(batch)):
-        rows = jax.tree.leaves(batch)[0].shape[0]
-        raise ConfigError(
-            f"a batch of {rows} does not divide into {config.accumulate} microbatch(es) on "
-            f"{layout.batch_devices} devices: make the batch size a multiple of {pieces}."
-        )
+    check_batch(batch, config, layout)
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(lambda o, k, b: o.init(k, b), objective, key, batch)
     names = metric_names(objective, shapes, batch)

@@ -187,6 +187,21 @@ def close(iterator: Any) -> None:
         end()
 
 
+def check_batch(batch: PyTree, config: FitConfig, layout: Layout) -> None:
+    """Refuses a global batch that does not divide by microbatches and devices.
+
+    Raises:
+      ConfigError: the message says which sizes would do.
+    """
+    pieces = layout.batch_devices * config.accumulate
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % pieces:
+        raise ConfigError(
+            f"a batch of {rows} does not divide into {config.accumulate} microbatch(es) on "
+            f"{layout.batch_devices} device(s): make the batch size a multiple of {pieces}."
+        )
+
+
 def metric_names(objective: Objective, variables: Variables, batch: PyTree) -> tuple[str, ...]:
     """Returns the names of what a training step reports, in the order of ``TrainState.sums``."""
     rng = jax.random.key(0)
@@ -357,14 +372,7 @@ class _Run:
 
     def run(self) -> Fitted:
         batch = self.train.example_batch()
-        rows = np.shape(jax.tree.leaves(batch)[0])[0]
-        pieces = self.layout.batch_devices * self.config.accumulate
-        if rows % pieces:
-            raise ConfigError(
-                f"stage {self.label!r}: a batch of {rows} does not divide into "
-                f"{self.config.accumulate} microbatch(es) on {self.layout.batch_devices} devices: "
-                f"make the batch size a multiple of {pieces}."
-            )
+        check_batch(batch, self.config, self.layout)
         self.checkpoints = (
             Checkpoints(self.workdir / "checkpoints", keep=self.config.keep)
             if self.workdir is not None
