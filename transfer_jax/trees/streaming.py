@@ -10,6 +10,7 @@ their headers, and ``write_merge`` does the work.
 
 import dataclasses
 import difflib
+import gc
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -506,7 +507,7 @@ def merged_tensors(
       report: called after every tensor with the number done and the number of all, counting each
         pass over the inputs.
     """
-    recipe, base = plan.recipe, plan.base
+    recipe = plan.recipe
     total = (plan.passes - 1) * len(plan.merged) + len(plan.specs)
     counter = iter(range(1, total + 1))
     extra = _key(recipe)
@@ -519,27 +520,34 @@ def merged_tensors(
         if name not in merged:
             result = plan.template.read(name)
         else:
-            models = [_read(m, name) for m in plan.models]
-            start = None if base is None else _read(base, name)
-            # merge_leaf rounds to the dtype of the base: it is a wide one if the result's differs.
-            if start is not None and start.dtype != dtype:
-                start = _wide(start)
-            elif start is None and models[0].dtype != dtype:
-                models[0] = _wide(models[0])
-            options: dict[str, Any] = {**_options_at(recipe, name), **extra}
-            if plan.fishers:
-                options["fishers"] = [_read(f, name) for f in plan.fishers]
-            result = np.asarray(merge_leaf(name, start, models, recipe.method, **options))
+            result = np.asarray(_merge_tensor(plan, name, dtype, extra))
+            # JAX gives host memory that it has used back when Python next collects garbage.
+            gc.collect(0)
         report(next(counter), total)
         return result.astype(dtype, copy=False)
 
     return tensor
 
 
+def _merge_tensor(plan: Plan, name: str, dtype: np.dtype, extra: Mapping[str, Any]) -> jax.Array:
+    models = [_read(m, name) for m in plan.models]
+    base = None if plan.base is None else _read(plan.base, name)
+    # merge_leaf rounds to the dtype of the base: it is a wide one if the result's differs.
+    if base is not None and base.dtype != dtype:
+        base = _wide(base)
+    elif base is None and models[0].dtype != dtype:
+        models[0] = _wide(models[0])
+    options: dict[str, Any] = {**_options_at(plan.recipe, name), **extra}
+    if plan.fishers:
+        options["fishers"] = [_read(f, name) for f in plan.fishers]
+    merged = merge_leaf(name, base, models, plan.recipe.method, **options)
+    return merged.block_until_ready()
+
+
 def _read(checkpoint: Checkpoint, name: str) -> jax.Array:
     x = checkpoint.read(name)
-    # JAX promotes no 8-bit floats.
-    return jnp.asarray(x.astype(np.float32) if x.dtype.itemsize == 1 else x)
+    # JAX promotes no 8-bit floats. Unlike jnp.asarray, device_put uses host memory as it is.
+    return jax.device_put(x.astype(np.float32) if x.dtype.itemsize == 1 else x)
 
 
 def _wide(x: jax.Array) -> jax.Array:
