@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -353,6 +354,61 @@ def test_sizes(text):
         return
     with pytest.raises(ValueError, match="is no size"):
         streaming.parse_size(text)
+
+
+MERGEKIT = shutil.which("mergekit-yaml")
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8,
+    "intermediate_size": 12, "vocab_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+LAYER = "model.layers.0"
+LLAMA_SHAPES = {
+    "model.embed_tokens.weight": (20, 8), "lm_head.weight": (20, 8), "model.norm.weight": (8,),
+    **{f"{LAYER}.{x}_layernorm.weight": (8,) for x in ("input", "post_attention")},
+    **{f"{LAYER}.self_attn.{x}_proj.weight": (8, 8) for x in "qkvo"},
+    **{f"{LAYER}.mlp.{x}_proj.weight": (12, 8) for x in ("gate", "up")},
+    f"{LAYER}.mlp.down_proj.weight": (8, 12),
+}  # fmt: skip
+WEIGHTED = """
+base_model: base
+models:
+  - {model: a, parameters: {weight: 0.6, density: 0.5}}
+  - {model: b, parameters: {weight: [{filter: mlp, value: 0.9}, {value: 0.3}], density: 0.7}}
+"""
+FILTERED = "{t: [{filter: self_attn, value: 0.2}, {value: 0.5}]}"
+SHARED = {
+    "linear": "models: [{model: a, parameters: {weight: 0.6}}, "
+    "{model: b, parameters: {weight: 1}}]",
+    "task_arithmetic": WEIGHTED.replace(", density: 0.5", "").replace(", density: 0.7", ""),
+    "ties": WEIGHTED,
+    "breadcrumbs": f"{WEIGHTED}\nparameters: {{gamma: 0.1, lambda: 0.8}}",
+    "model_stock": "base_model: base\nmodels: [{model: a}, {model: b}]",
+    "slerp": f"base_model: base\nmodels: [{{model: base}}, {{model: b}}]\nparameters: {FILTERED}",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(MERGEKIT is None, reason="mergekit-yaml is not installed")
+@pytest.mark.parametrize("method", SHARED)
+def test_the_same_recipe_as_mergekit(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = {name: np.float32(RNG.normal(size=s)) for name, s in LLAMA_SHAPES.items()}
+    for path in ("base", "a", "b"):
+        change = 0.0 if path == "base" else 0.1
+        model = {n: np.float32(x + change * RNG.normal(size=x.shape)) for n, x in base.items()}
+        save_safetensors(model, path)
+        Path(path, "config.json").write_text(json.dumps(LLAMA))
+    text = f"merge_method: {method}\ndtype: float32\n{SHARED[method]}"
+    Path("theirs.yaml").write_text(text)
+    subprocess.run([MERGEKIT, "theirs.yaml", "theirs", "--no-write-model-card"], check=True)
+    given = written(text)
+    if method == "ties":
+        given = Recipe(**{**vars(given), "options": {**given.options, "scope": "leaf"}})
+    ours, theirs = merge(given), load_safetensors("theirs")
+    assert ours.keys() == theirs.keys()
+    for name, x in theirs.items():
+        np.testing.assert_allclose(ours[name], x, rtol=0, atol=1e-6)
 
 
 # --- The command ----------------------------------------------------------------------------------

@@ -353,7 +353,8 @@ def plan_merge(recipe: Recipe) -> Plan:
             "have no tensor of real numbers in common."
         )
     kept = {name for name in problems if recipe.missing == "base" and name in template.specs}
-    copied = [name for name in template.specs if name in kept or name in same]
+    unmerged, written = {*kept, *same}, {*kept, *same, *merged}
+    copied = [name for name in template.specs if name in unmerged]
     for fisher in fishers:
         for name in merged:
             if _difference(name, [template, fisher]):
@@ -362,8 +363,10 @@ def plan_merge(recipe: Recipe) -> Plan:
                     "needed for each entry of each model."
                 )
     _check_options(recipe, merged)
-    out = [name for name in template.specs if name in {*merged, *copied}]
-    specs = {name: _output_spec(template.specs[name], recipe.dtype) for name in out}
+    specs = {
+        name: _output_spec(spec, recipe.dtype)
+        for name, spec in template.specs.items() if name in written
+    }  # fmt: skip
     left_out = [name for name in problems if name not in kept]
     return Plan(recipe, base, models, fishers, merged, copied, left_out, specs)
 
