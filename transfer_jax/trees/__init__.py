@@ -18,6 +18,7 @@ from transfer_jax.trees.arithmetic import (
     weighted_sum,
 )
 from transfer_jax.trees.blocks import block_coefficients, group_paths
+from transfer_jax.trees.files import load_safetensors, save_safetensors
 from transfer_jax.trees.fisher import (
     KroneckerBlock,
     ewc_penalty,
@@ -77,6 +78,7 @@ __all__ = [
     "leaf_key",
     "lerp",
     "linearize",
+    "load_safetensors",
     "lora_delta",
     "lora_init",
     "lora_merge",
@@ -89,6 +91,7 @@ __all__ = [
     "partition",
     "path_str",
     "paths",
+    "save_safetensors",
     "scale",
     "select",
     "slerp",
