@@ -9,6 +9,43 @@ Baselines are overrides: ``--config.model.mixer=`` ``lstm``, ``gru``, ``attentio
 ``--config.model.pattern=mixer,ffn``). The sections ``s4``, ``attention`` and ``linear_attention``
 hold the options of the mixers; only those of the mixer in use are read.
 ``--config.s4.a_init=random_nplr`` starts from a random A.
+
+Measured on 2 CPU cores that other jobs shared, three seeds each unless said otherwise (``--config.seed=0,1,2``, one run a
+seed):
+
+``recurrence`` (N=64, L=4096, 16 features, one sequence). Largest error relative to the FFT
+convolution: scan of S4 LegS 2.8e-6 to 5.9e-6, in blocks 4.0e-6 to 6.6e-6; FouT in its eigenbasis,
+scanned or in parallel, up to 1.7e-5; S4D up to 5.8e-5. 2,048 generated steps: 3.4 to 3.7 ms by
+recurrence, 0.38 to 0.40 s by convolving again at every step (interpolated between measured lengths,
+not run in full), 106 to 115 times as long; the last eighth of the steps took 0.91 to 1.03 times the
+first; the state is 4,096 bytes at every length.
+
+``memory``. Relative error of the signal read back, N = 8, 16, 32, 64: LegS 0.78, 0.58, 0.24, 0.038
+(means; spread below 0.04); random A of the same spectral radius, with the best linear decoder,
+0.74, 0.59, 0.64, 0.66: more state does not help it (with one seed it fell from 0.78 to 0.59).
+
+``speech``, cut to 240 steps (400 did not fit the time there was): ``--config.train.steps=240
+--config.train.eval_every=60 --config.train.checkpoint_every=0
+--config.train.optimizer.warmup_steps=12``; the LSTM with ``--config.model.mixer=lstm
+--config.train.optimizer.clip_norm=1``. Parameters selected on validation; learning rate 0.01 over
+0.004 on validation with seed 0, for LegS and LSTM alike; the random A has the rate of LegS. Test
+accuracy in %, mean and standard deviation; "half" is every second sample:
+
+=============================  ==========  =============  =============
+network                        full rate   half, rate=2   half, rate=1
+=============================  ==========  =============  =============
+S4 LegS (16,618 parameters)    67.3 (3.2)  46.9 (1.0)     16.7 (2.2)
+S4 random A (two seeds)         59.2 (1.6)  53.8 (1.2)     12.3 (0.9)
+LSTM (38,506 parameters)        64.1 (3.7)                 13.4 (0.4)
+S4 LegS, rate 0.004            54.6 (6.1)  44.3 (2.2)     22.6 (0.5)
+S4 random A, rate 0.004        50.0 (3.4)  47.6 (2.3)     18.6 (4.7)
+=============================  ==========  =============  =============
+
+rate=2 beats rate=1 with every seed, though half the rate costs LegS 20 points (no low-pass filter).
+HiPPO against a random A: 5 points at rate 0.004; at 0.01, with the same two seeds, 10 (58.0 and
+60.3 against 67.0 and 70.7). At half the rate the random A loses less and is then ahead.
+LegS is 3 points above an LSTM of more than twice its parameters, within the spread: the 10 points
+claimed of it do not show against an LSTM with normalisation and a tuned rate.
 """
 
 import dataclasses
@@ -362,7 +399,7 @@ def _speech() -> ml_collections.ConfigDict:
     config = _classifier(Task("fsdd", options, 10, 1024, 1080, features=1, lengths=True), 32)
     config.model.update(features=48, depth=2, norm="layer", prenorm=True)
     config.s4.update(state_size=16, output="glu")
-    config.train = _small_fit(400, 4e-3, every=50)
+    config.train = _small_fit(400, 1e-2, every=50)
     config.half_rate = True
     return config
 
