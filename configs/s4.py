@@ -10,8 +10,8 @@ Baselines are overrides: ``--config.model.mixer=`` ``lstm``, ``gru``, ``attentio
 hold the options of the mixers; only those of the mixer in use are read.
 ``--config.s4.a_init=random_nplr`` starts from a random A.
 
-Measured on 2 CPU cores that other jobs shared, three seeds each unless said otherwise (``--config.seed=0,1,2``, one run a
-seed):
+Measured on 2 CPU cores that other jobs shared, with three seeds unless said otherwise (a run each
+with ``--config.seed=0``, ``1`` and ``2``):
 
 ``recurrence`` (N=64, L=4096, 16 features, one sequence). Largest error relative to the FFT
 convolution: scan of S4 LegS 2.8e-6 to 5.9e-6, in blocks 4.0e-6 to 6.6e-6; FouT in its eigenbasis,
@@ -21,8 +21,8 @@ not run in full), 106 to 115 times as long; the last eighth of the steps took 0.
 first; the state is 4,096 bytes at every length.
 
 ``memory``. Relative error of the signal read back, N = 8, 16, 32, 64: LegS 0.78, 0.58, 0.24, 0.038
-(means; spread below 0.04); random A of the same spectral radius, with the best linear decoder,
-0.74, 0.59, 0.64, 0.66: more state does not help it (with one seed it fell from 0.78 to 0.59).
+(means); random A of the same spectral radius, with the best linear decoder, 0.74, 0.59, 0.64, 0.66:
+no better beyond N = 16.
 
 ``speech``, cut to 240 steps (400 did not fit the time there was): ``--config.train.steps=240
 --config.train.eval_every=60 --config.train.checkpoint_every=0
@@ -35,8 +35,8 @@ accuracy in %, mean and standard deviation; "half" is every second sample:
 network                        full rate   half, rate=2   half, rate=1
 =============================  ==========  =============  =============
 S4 LegS (16,618 parameters)    67.3 (3.2)  46.9 (1.0)     16.7 (2.2)
-S4 random A (two seeds)         59.2 (1.6)  53.8 (1.2)     12.3 (0.9)
-LSTM (38,506 parameters)        64.1 (3.7)                 13.4 (0.4)
+S4 random A (two seeds)        59.2 (1.6)  53.8 (1.2)     12.3 (0.9)
+LSTM (38,506 parameters)       64.1 (3.7)                 13.4 (0.4)
 S4 LegS, rate 0.004            54.6 (6.1)  44.3 (2.2)     22.6 (0.5)
 S4 random A, rate 0.004        50.0 (3.4)  47.6 (2.3)     18.6 (4.7)
 =============================  ==========  =============  =============
