@@ -1,6 +1,45 @@
 """aTLAS: task vectors composed with one learned coefficient per vector and parameter block.
 
-``digits`` runs on scikit-learn's bundled images.
+``digits`` runs on scikit-learn's bundled images, of which it makes several tasks by inverting,
+turning, shuffling and so on. Test accuracy, mean and standard deviation over the seeds 0, 1, 2, of
+
+    python -m launch.local --config=configs/atlas.py:digits --workdir=DIR --config.seed=SEED
+
+on 2 CPU cores, shared: 119 and 136 s each (62 and 88 s of processor time) with a compilation cache
+(JAX_COMPILATION_CACHE_DIR); without one, compiling takes most of a longer time.
+
+Addition, five tasks, relative to the fine-tuned models: aTLAS 0.869 +- 0.034, searched scale
+0.817 +- 0.044 (21 values), learned scale per vector 0.817 +- 0.045, weight average 0.816 +- 0.043,
+TIES 0.701 +- 0.092; aTLAS leads in every seed. Its disentanglement error is not lower (0.071 to
+0.063 of the searched scale).
+
+One labelled image per class. Whether aTLAS helps depends on the target:
+
+    method                 faded            rotated
+    zero-shot              0.505 +- 0.037   0.090 +- 0.016
+    full fine-tuning       0.652 +- 0.028   0.574 +- 0.031
+    aTLAS                  0.839 +- 0.013   0.446 +- 0.057
+    aTLAS x 20             0.867 +- 0.035   0.532 +- 0.073
+    scale per vector       0.812 +- 0.032   0.292 +- 0.097
+    random vectors         0.669 +- 0.021   0.258 +- 0.035
+    Tip-Adapter            0.671 +- 0.014   0.377 +- 0.023
+    LP++                   0.652 +- 0.038   0.484 +- 0.031
+    aTLAS + Tip-Adapter    0.838 +- 0.016   0.517 +- 0.066
+    aTLAS + LP++           0.839 +- 0.013   0.495 +- 0.029
+
+It beats full fine-tuning on the target that the base half knows, and loses to it on the one that
+the base does not know. ``faded`` is the one of six candidates that suits it best, by the validation
+data of seed 0; on three others it was within 0.02 of full fine-tuning or above it, on two below.
+Random vectors do better here than in the paper: 145 numbers are many for so small a model.
+
+Negation, a task to forget / a control that keeps 95 % (validation): pre-trained 0.891 / 0.891,
+searched scale 0.600 +- 0.063 / 0.866, aTLAS 0.557 +- 0.057 / 0.876 (a tie in seed 1).
+
+Test-time adaptation without labels, zero-shot 0.448 +- 0.054: aTLAS 0.475 +- 0.158 (worse than
+zero-shot in seed 0), norms alone 0.576 +- 0.065. aTLAS does not win here.
+
+Learning rates of full fine-tuning, scales and steps are chosen on validation data in every run;
+other settings are those of the paper or were fixed on the validation data of seed 0.
 """
 
 from typing import Any
@@ -10,7 +49,7 @@ import ml_collections
 from transfer_jax.training import base_config, fit_config
 
 VARIANTS = {
-    "digits": "handwritten digits in six domains; about two minutes on two cores",
+    "digits": "scikit-learn's digits in several domains; about two minutes on two cores",
     "vit": "the same with a small Vision Transformer",
     "clip_vit_b32": "the published setting on CLIP ViT-B/32, as data: shapes and schedules",
 }
@@ -97,8 +136,8 @@ def _digits() -> ml_collections.ConfigDict:
 def _clip_vit_b32() -> ml_collections.ConfigDict:
     """Section 4 and 5 on CLIP ViT-B/32 with 21 task vectors (the target's own is left out).
 
-    Only data: running it needs CLIP's weights and text embeddings, and the 22 data sets. The
-    encoder has the tower's shapes; query, key and value, one matrix in CLIP, share coefficients, so
+    Only data: running it needs CLIP's weights and text embeddings, for which the Transformer
+    backbones that read such weights come first, and the 22 data sets. The encoder has the tower's shapes; query, key and value, one matrix in CLIP, share coefficients, so
     that there are 21 x 152 = 3,192.
     """
     config = base_config("atlas")
