@@ -28,8 +28,8 @@ One labelled image per class. Whether aTLAS helps depends on the target:
     aTLAS + LP++           0.839 +- 0.013   0.495 +- 0.029
 
 It beats full fine-tuning on the target that the base half knows, and loses to it on the one that
-the base does not know. ``faded`` is the one of six candidates that suits it best, by the validation
-data of seed 0; on three others it was within 0.02 of full fine-tuning or above it, on two below.
+the base does not know. ``faded`` suits it best of six candidates: on the validation data of seed 0
+it was 0.01 above full fine-tuning on two others (shifted, sheared) and 0.1 or more below on three.
 Random vectors do better here than in the paper: 145 numbers are many for so small a model.
 
 Negation, a task to forget / a control that keeps 95 % (validation): pre-trained 0.891 / 0.891,
@@ -137,8 +137,9 @@ def _clip_vit_b32() -> ml_collections.ConfigDict:
     """Section 4 and 5 on CLIP ViT-B/32 with 21 task vectors (the target's own is left out).
 
     Only data: running it needs CLIP's weights and text embeddings, for which the Transformer
-    backbones that read such weights come first, and the 22 data sets. The encoder has the tower's shapes; query, key and value, one matrix in CLIP, share coefficients, so
-    that there are 21 x 152 = 3,192.
+    backbones that read such weights come first, and the 22 data sets. The encoder has the tower's
+    shapes; query, key and value, one matrix in CLIP, share coefficients, so that there are
+    21 x 152 = 3,192.
     """
     config = base_config("atlas")
     config.parts = ("addition", "few_shot")
