@@ -2,7 +2,6 @@
 
 import doctest
 import importlib
-import os
 import pathlib
 import pkgutil
 import re
@@ -44,16 +43,3 @@ def test_every_public_name_is_in_the_documentation():
     assert set(transfer_jax.trees.METHODS) <= documented
     functions = {n for n in transfer_jax.trees.__all__ if n[0].islower() and n != "path_str"}
     assert functions <= documented
-
-
-@pytest.mark.slow
-def test_notebook_runs_from_top_to_bottom(tmp_path):
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    root = pathlib.Path(__file__).parents[2]
-    notebook = nbformat.read(root / "colabs" / "trees.ipynb", as_version=4)
-    # The kernel starts elsewhere, so that nothing but the installed package can help it.
-    environment = {**os.environ, "PYTHONPATH": str(root), "MPLBACKEND": "agg"}
-    place = {"metadata": {"path": tmp_path}}
-    client = nbclient.NotebookClient(notebook, timeout=300, resources=place)
-    client.execute(env=environment)
-    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
