@@ -131,3 +131,18 @@ def test_linearized_model_is_a_pytree_of_its_base():
     call(trees.linearize(model, MODELS[1]), MODELS[0], x)  # An argument, so not compiled again.
     assert len(traced) == 1
     assert len(jax.tree.leaves(tangent)) == 3
+
+
+def test_the_backward_pass_through_a_stacked_bank_holds_one_model():
+    n, size = 16, 2**16
+    shapes = (
+        {"w": jax.ShapeDtypeStruct((size,), jnp.float32)},
+        {"w": jax.ShapeDtypeStruct((n, size), jnp.float32)},
+        jax.ShapeDtypeStruct((n,), jnp.float32),
+    )
+
+    def loss(base, bank, coefficients):
+        return jnp.sum(trees.apply_task_vectors(base, bank, coefficients)["w"] ** 2)
+
+    compiled = jax.jit(jax.grad(loss, argnums=2)).lower(*shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * (4 * size)

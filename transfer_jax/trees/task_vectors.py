@@ -89,10 +89,8 @@ def _apply_stacked(base: PyTree, bank: PyTree, coefficients: Any) -> PyTree:
                 f"stacked task vectors at {path!r} have shape {jnp.shape(deltas)}; expected "
                 f"{(num, *jnp.shape(x))}."
             )
-        if c.ndim == 1:
-            change = jnp.tensordot(c, wide(deltas), 1, precision="highest")
-        else:
-            change = jnp.sum(expand(c, jnp.ndim(x) + 1) * wide(deltas), axis=0)
+        # Not a matrix product: its backward pass would hold the bank a second time.
+        change = jnp.sum(expand(c, jnp.ndim(x) + 1) * wide(deltas), axis=0)
         return (wide(x) + change).astype(jnp.result_type(x))
 
     return map_with_path(leaf, base, per_block, bank)
