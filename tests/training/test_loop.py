@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests import toy
@@ -15,7 +16,7 @@ from transfer_jax.objectives.base import Aux, Mean
 from transfer_jax.training import Layout, NonFiniteError, evaluate, fit, make_mesh
 from transfer_jax.training.checkpoint import CheckpointError, load_variables
 from transfer_jax.training.config import ConfigError, FitConfig, OptimizerConfig
-from transfer_jax.training.loop import make_step
+from transfer_jax.training.loop import TrainState, make_step
 from transfer_jax.training.sharding import bytes_per_device
 
 
@@ -233,25 +234,22 @@ def test_a_non_finite_metric_stops_there_and_keeps_the_last_good_checkpoint(tmp_
     assert all(r["step"] <= 12 for r in lines(tmp_path))
 
 
-def test_after_a_bad_step_nothing_moves():
-    import optax
-
-    settings, place = config(), layout()
-    step = jax.jit(make_step(optax.sgd(0.1), settings, place))
-    from transfer_jax.training.loop import TrainState
-
+def test_the_first_bad_step_is_remembered():
+    """However late the host looks."""
+    place = layout()
+    step = jax.jit(make_step(optax.sgd(0.1), config(), place))
     state = TrainState(
-        step=jnp.int32(11), variables=Variables({"w": jnp.ones(3)}, {"count": jnp.int32(11)}),
+        step=jnp.int32(10), variables=Variables({"w": jnp.ones(3)}, {"count": jnp.int32(10)}),
         opt_state=optax.sgd(0.1).init({"w": jnp.ones(3)}), ema=None, lr_scale=jnp.float32(1),
         sums=jnp.zeros((4, 2)), bad_step=jnp.int32(-1), bad=jnp.zeros(4, bool),
     )  # fmt: skip
     batch = toy.train_data().example_batch()
-    good, _ = step(state, Exploding(), batch, jax.random.key(0))
-    bad, report = step(good, Exploding(), batch, jax.random.key(0))
-    worse, _ = step(bad, Exploding(), batch, jax.random.key(0))
-    assert int(good.bad_step) == -1 and int(report.bad_step) == 12
+    seen = []
+    for _ in range(6):
+        state, report = step(state, Exploding(), batch, jax.random.key(0))
+        seen.append(int(report.bad_step))
+    assert seen == [-1, -1, 12, 12, 12, 12]
     assert report.bad.tolist() == [False, False, False, True]
-    assert toy.leaves_equal(good.variables, worse.variables) and int(worse.step) == 12
 
 
 class Masked:
