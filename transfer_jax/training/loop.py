@@ -411,8 +411,9 @@ class _Run:
             variables = Variables(restored["ema"], variables.state)
         return Fitted(variables, summary["metrics"], summary)
 
-    def _initial_state(self, batch: PyTree, tx: optax.GradientTransformation) -> TrainState:
-        _, shardings = self._variable_shapes(batch)
+    def _initial_state(
+        self, batch: PyTree, shardings: PyTree, tx: optax.GradientTransformation
+    ) -> TrainState:
         # Only shapes of the batch matter: one row of zeros keeps the program small.
         row = jax.tree.map(lambda x: jnp.zeros((1, *np.shape(x)[1:]), x.dtype), batch)
 
@@ -446,12 +447,12 @@ class _Run:
     # -- loop -----------------------------------------------------------------------------------
 
     def _train(self, batch: PyTree) -> Fitted:
-        shapes, _ = self._variable_shapes(batch)
+        shapes, shardings = self._variable_shapes(batch)
         if not jax.tree.leaves(shapes.params):
             raise ConfigError(f"stage {self.label!r}: the objective has no parameters to train.")
         self.names = metric_names(self.objective, shapes, batch)
         tx, self.schedule = make_optimizer(self.config.optimizer, self.config.steps, shapes.params)
-        state = self._initial_state(batch, tx)
+        state = self._initial_state(batch, shardings, tx)
         objective = self.objective = self.layout.place(self.objective.release())
         step_function = make_step(tx, self.config, self.layout)
         out = (jax.tree.map(lambda x: x.sharding, state), self.layout.replicated)
