@@ -303,11 +303,6 @@ class AnisotropicScaling(ReparameterizedObjective):
         if self.granularity == "random":
             composed = jax.tree.map(_compose_parts, chosen, self.vectors, coefficients, self.parts)
         else:
-            # With an axis to broadcast, products are summed as they are formed. As a dot product
-            # the gradient would need a transposed copy of all vectors.
-            coefficients = jax.tree.map(
-                lambda c, x: c[:, None] if c.ndim == 1 and x.ndim else c, coefficients, chosen
-            )
             composed = trees.apply_task_vectors(chosen, self.vectors, coefficients)
         return jax.tree.map(
             lambda new, old: old if new is None else new, composed, self.base,
