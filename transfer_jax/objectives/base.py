@@ -106,6 +106,29 @@ class Objective(flax.struct.PyTreeNode):
         """Returns the predictions for a batch (logits for classifiers), deterministically."""
         raise NotImplementedError
 
+    def at(self, step: Array) -> "Objective":
+        """Returns the objective as it is at a training step, inside the compiled step.
+
+        Coefficients that change during training (a decaying penalty, a temperature, a threshold)
+        are set here. Evaluation uses the objective as it was given.
+
+        Args:
+          step: scalar int32, optimiser steps taken before this one.
+        """
+        return self
+
+    def proximal(self, params: PyTree, learning_rate: Array) -> PyTree:
+        """Maps the parameters after each optimiser step, by default to themselves.
+
+        For what no gradient does: a proximal operator, a projection onto a set.
+
+        Args:
+          params: after the optimiser's update.
+          learning_rate: scalar float32, the main group's rate of this step.
+        """
+        del learning_rate
+        return params
+
     def release(self) -> "Objective":
         """Returns the objective without arrays that only ``init`` needs; ``fit`` calls it once."""
         return self
@@ -124,6 +147,12 @@ class Transformed(Objective):
 
     def predict(self, variables: Variables, batch: Batch) -> PyTree:
         return self.inner.predict(variables, batch)
+
+    def at(self, step: Array) -> Objective:
+        return self.replace(inner=self.inner.at(step))
+
+    def proximal(self, params: PyTree, learning_rate: Array) -> PyTree:
+        return self.inner.proximal(params, learning_rate)
 
     def release(self) -> Objective:
         return self.replace(inner=self.inner.release())

@@ -31,6 +31,11 @@ class ReparameterizedObjective(Transformed):
         variables = self.inner.init(inner_key, batch)
         return Variables(self.initial_params(own_key, variables.params), variables.state)
 
+    def proximal(self, params: PyTree, learning_rate: Array) -> PyTree:
+        """The identity: the inner objective's map acts on other coordinates."""
+        del learning_rate
+        return params
+
     def loss(self, variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
         return self.inner.loss(self.inner_variables(variables), batch, rng)
 
@@ -67,6 +72,10 @@ class Trainable(ReparameterizedObjective):
 
     def inner_params(self, params: PyTree) -> PyTree:
         return trees.combine(params, self.frozen)
+
+    def proximal(self, params: PyTree, learning_rate: Array) -> PyTree:
+        """The inner objective's map; what it does to frozen leaves is left out."""
+        return _without(self.inner.proximal(self.inner_params(params), learning_rate), self.frozen)
 
 
 class LowRank(ReparameterizedObjective):

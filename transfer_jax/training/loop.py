@@ -20,7 +20,7 @@ from transfer_jax.training import distributed, profiling, progress, writers
 from transfer_jax.training.checkpoint import Checkpoints, abstract
 from transfer_jax.training.config import ConfigError, FitConfig
 from transfer_jax.training.files import write_json, write_text
-from transfer_jax.training.optimizers import make_optimizer
+from transfer_jax.training.optimizers import make_optimizer, schedule_shape
 from transfer_jax.training.sharding import Layout, bytes_per_device, make_mesh, placement_table
 
 Array = jax.Array
@@ -213,6 +213,7 @@ def make_step(
     tx: optax.GradientTransformation, config: FitConfig, layout: Layout
 ) -> Callable[[TrainState, Objective, PyTree, Array], tuple[TrainState, Report]]:
     """Returns the pure function of one optimiser step, ready to be jitted."""
+    schedule = schedule_shape(config.optimizer, config.steps)
 
     def gradients(
         objective: Objective, variables: Variables, batch: PyTree, rng: Array
@@ -268,12 +269,14 @@ def make_step(
     ) -> tuple[TrainState, Report]:
         rng = jax.random.fold_in(key, state.step)
         params = state.variables.params
+        objective = objective.at(state.step)
         grads, loss, model_state, metrics, weight = accumulated(
             objective, state.variables, batch, rng
         )
         updates, opt_state = tx.update(grads, state.opt_state, params)
         updates = jax.tree.map(lambda u: (u * state.lr_scale).astype(u.dtype), updates)
-        new_params = optax.apply_updates(params, updates)
+        rate = config.optimizer.learning_rate * schedule(state.step) * state.lr_scale
+        new_params = objective.proximal(optax.apply_updates(params, updates), rate)
         ema = None
         if state.ema is not None:
             ema = optax.incremental_update(new_params, state.ema, 1.0 - config.ema_decay)
