@@ -1,6 +1,7 @@
 """Attention: multi-head with optional rotary positions and a KV cache, and linear attention."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 Array = jax.Array
+Initializer = Callable[..., Array]
+Implementation = Literal["xla", "cudnn"]
 
 
 def rotate(x: Array, positions: Array, base: float = 10_000.0) -> Array:
@@ -44,43 +47,126 @@ class KVCache(NamedTuple):
     filled: Array
 
 
+def attention_backend(query: Array) -> Implementation:
+    """Returns the implementation of ``jax.nn.dot_product_attention`` that suits ``query``.
+
+    cuDNN's flash kernel on GPUs for 16-bit heads of a width that it takes, else XLA's fusions.
+
+    Args:
+      query: [B, L, heads, D].
+    """
+    width = query.shape[-1]
+    flash = query.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
+    return "cudnn" if flash and jax.default_backend() == "gpu" else "xla"
+
+
 class Attention(nn.Module):
     """Multi-head scaled dot-product attention.
 
     Attributes:
       features: H, width of the output.
-      num_heads: divides H.
+      num_heads: divides H, unless ``head_dim`` is given.
+      head_dim: width of a head; None = H / num_heads.
       causal: each position sees itself and what comes before.
       rotary: rotate queries and keys by their position.
       use_bias: in the projections.
+      scale: of the products of queries and keys; None = 1 / sqrt(head_dim).
+      dropout: rate on the attention weights; needs the [B, heads, L, S] weights in memory.
+      kernel_init: of the projections.
+      implementation: of ``jax.nn.dot_product_attention``: 'xla', 'cudnn', or None to choose by
+        device and dtype, see ``attention_backend``.
       dtype: of the projections and products; the softmax runs in float32.
     """
 
     features: int
     num_heads: int = 4
+    head_dim: int | None = None
     causal: bool = False
     rotary: bool = False
     use_bias: bool = True
+    scale: float | None = None
+    dropout: float = 0.0
+    kernel_init: Initializer = nn.linear.default_kernel_init
+    implementation: Implementation | None = None
     dtype: Any = None
 
     def setup(self):
-        if self.features % self.num_heads:
+        if self.head_dim is None and self.features % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide features={self.features}")
-        head = (self.num_heads, self.features // self.num_heads)
+        head = (self.num_heads, self.head_dim or self.features // self.num_heads)
         if self.rotary and head[1] % 2:
             raise ValueError(f"rotary positions need an even head width, got {head[1]}")
-        options = {"use_bias": self.use_bias, "dtype": self.dtype}
+        options: dict[str, Any] = {"use_bias": self.use_bias, "dtype": self.dtype}
+        options["kernel_init"] = self.kernel_init
         self.query = nn.DenseGeneral(head, **options)
         self.key = nn.DenseGeneral(head, **options)
         self.value = nn.DenseGeneral(head, **options)
         self.out = nn.DenseGeneral(self.features, axis=(-2, -1), **options)
+        self.drop = nn.Dropout(self.dropout)
 
     def _project(self, inputs: Array, context: Array, start: Array | int) -> tuple[Array, ...]:
-        query, key, value = self.query(inputs), self.key(context), self.value(context)
+        query, (key, value) = self.query(inputs), self.project(context)
         if self.rotary:
             query = rotate(query, start + jnp.arange(query.shape[1]))
             key = rotate(key, start + jnp.arange(key.shape[1]))
         return query, key, value
+
+    def project(self, context: Array) -> tuple[Array, Array]:
+        """Keys and values [B, S, heads, D] of what is attended to, [B, S, H']."""
+        return self.key(context), self.value(context)
+
+    def attend(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        bias: Array | None = None,
+        mask: Array | None = None,
+        lengths: Array | None = None,
+        causal: bool = False,
+        train: bool = False,
+    ) -> Array:
+        """Averages of the values under the attention weights, before the output projection.
+
+        A method of its own so that prefixes and the like can be put in with
+        ``flax.linen.intercept_methods``.
+
+        Args:
+          query: [B, L, heads, D].
+          key: [B, S, heads, D].
+          value: [B, S, heads, D].
+          bias: added to the scaled products, broadcastable to [B, heads, L, S].
+          mask: bool, broadcastable to [B, heads, L, S]; False is not seen.
+          lengths: int [B], valid positions among the S.
+          causal: position i sees the first i + 1 only.
+          train: dropout on.
+
+        Returns:
+          [B, L, heads, D].
+        """
+        if train and self.dropout:
+            return self._attend_with_dropout(query, key, value, bias, mask, lengths, causal)
+        if bias is not None:
+            bias = bias.astype(query.dtype)
+        return jax.nn.dot_product_attention(
+            query, key, value, bias, mask, scale=self.scale, is_causal=causal,
+            key_value_seq_lengths=lengths,
+            implementation=self.implementation or attention_backend(query),
+        )  # fmt: skip
+
+    def _attend_with_dropout(self, query, key, value, bias, mask, lengths, causal) -> Array:
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        scores = jnp.einsum("blhd,bshd->bhls", query, key, preferred_element_type=jnp.float32)
+        scores = scores * scale if bias is None else scores * scale + bias
+        seen = jnp.ones((), bool) if mask is None else mask
+        if lengths is not None:
+            seen = seen & (jnp.arange(key.shape[1]) < lengths[:, None])[:, None, None]
+        if causal:
+            seen = seen & jnp.tri(query.shape[1], key.shape[1], dtype=bool)
+        scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+        weights = nn.softmax(scores, axis=-1).astype(value.dtype)
+        return jnp.einsum("bhls,bshd->blhd", self.drop(weights, deterministic=False), value)
 
     def __call__(
         self,
@@ -100,17 +186,23 @@ class Attention(nn.Module):
           lengths: int [B], valid positions of what is attended to.
           bias: added to the scaled products, broadcastable to [B, heads, L, S].
           mask: bool, broadcastable to [B, heads, L, S]; False is not seen.
-          train: not used, nothing is random here.
+          train: dropout on.
 
         Returns:
           [B, L, H].
         """
-        del train
         query, key, value = self._project(inputs, inputs if context is None else context, 0)
-        y = jax.nn.dot_product_attention(
-            query, key, value, bias, mask, is_causal=self.causal, key_value_seq_lengths=lengths
-        )
+        y = self.attend(
+            query, key, value, bias=bias, mask=mask, lengths=lengths,
+            causal=self.causal, train=train,
+        )  # fmt: skip
         return self.out(y)
+
+    def cross(
+        self, inputs: Array, key: Array, value: Array, *, lengths: Array | None = None
+    ) -> Array:
+        """As the cross attention of ``__call__``, with the context's ``project`` already done."""
+        return self.out(self.attend(self.query(inputs), key, value, lengths=lengths))
 
     def discretise(self, mode: str | None = None) -> None:
         """No matrices to prepare for decoding; see ``S4Layer.discretise``."""
@@ -118,7 +210,12 @@ class Attention(nn.Module):
             raise ValueError("attention that is not causal cannot decode step by step")
 
     def prefill(
-        self, inputs: Array, system: None, state: KVCache | None = None, max_length: int = 0
+        self,
+        inputs: Array,
+        system: None = None,
+        state: KVCache | None = None,
+        max_length: int = 0,
+        bias: Array | None = None,
     ) -> tuple[Array, KVCache]:
         """Outputs for a prefix or chunk [B, L, H], and the cache after it.
 
@@ -127,6 +224,7 @@ class Attention(nn.Module):
           system: None.
           state: the cache before; None = an empty one of ``max_length`` (at least L) positions.
           max_length: how long the sequence will become.
+          bias: as in ``__call__``; its last axis is L without a state, else the cache's length.
         """
         del system
         batch, length = inputs.shape[:2]
@@ -136,11 +234,11 @@ class Attention(nn.Module):
             shape = (batch, max(max_length, length), *key.shape[2:])
             state = KVCache(jnp.zeros(shape, key.dtype), jnp.zeros(shape, key.dtype), jnp.int32(0))
             # Nothing before: what is still empty in the cache need not be scored.
-            y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+            y = self.attend(query, key, value, bias=bias, causal=True)
             return self.out(y), self._append(state, key, value)
         state = self._append(state, key, value)
         seen = jnp.arange(state.key.shape[1]) <= start + jnp.arange(length)[:, None]
-        y = jax.nn.dot_product_attention(query, state.key, state.value, mask=seen[None, None])
+        y = self.attend(query, state.key, state.value, bias=bias, mask=seen[None, None])
         return self.out(y), state
 
     @staticmethod

@@ -5,7 +5,8 @@ constant matrices to be computed once, ``prefill(inputs, system, state, max_leng
 or chunk and hands over its state, ``step(inputs, state, system)`` runs one token.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from transfer_jax.nn.attention import Attention, LinearAttention
+from transfer_jax.nn.attention import Attention, Initializer, LinearAttention
 from transfer_jax.nn.recurrent import GRU, LSTM
 from transfer_jax.nn.s4 import S4Layer
 
@@ -22,26 +23,53 @@ Array = jax.Array
 MIXERS = ("s4", "s4d", "conv", "attention", "linear_attention", "lstm", "gru", "ffn")
 
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
 class FeedForward(nn.Module):
-    """Position-wise two-layer perceptron with GELU.
+    """Position-wise two-layer perceptron.
 
     Attributes:
       features: H.
-      expand: the hidden width is ``expand * H``.
+      expand: the hidden width is ``expand * H``, unless ``hidden`` is given.
+      hidden: the hidden width.
+      activation: one of ``ACTIVATIONS``; 'gelu' is the exact one.
+      gated: multiply the activation by a second projection (GLU variants, Shazeer 2020).
+      use_bias: in the projections.
       dropout: rate on the hidden layer.
       tie_dropout: one mask per (example, feature), shared over time.
+      kernel_init: of the projections.
       dtype: of the arithmetic.
     """
 
     features: int
     expand: int = 4
+    hidden: int | None = None
+    activation: str = "gelu"
+    gated: bool = False
+    use_bias: bool = True
     dropout: float = 0.0
     tie_dropout: bool = True
+    kernel_init: Initializer = nn.linear.default_kernel_init
     dtype: Any = None
 
     def setup(self):
-        self.up = nn.Dense(self.expand * self.features, dtype=self.dtype)
-        self.down = nn.Dense(self.features, dtype=self.dtype)
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r}; choose one of {sorted(ACTIVATIONS)}")
+        hidden = self.hidden or self.expand * self.features
+        options: dict[str, Any] = {"use_bias": self.use_bias, "dtype": self.dtype}
+        options["kernel_init"] = self.kernel_init
+        self.up = nn.Dense(hidden, **options)
+        if self.gated:
+            self.gate = nn.Dense(hidden, **options)
+        self.down = nn.Dense(self.features, **options)
         self.drop = nn.Dropout(self.dropout, broadcast_dims=(1,) if self.tie_dropout else ())
 
     def __call__(
@@ -49,7 +77,11 @@ class FeedForward(nn.Module):
     ) -> Array:
         """Maps [..., H] to [..., H]."""
         del lengths
-        hidden = nn.gelu(self.up(inputs), approximate=False)
+        activate = ACTIVATIONS[self.activation]
+        if self.gated:
+            hidden = activate(self.gate(inputs)) * self.up(inputs)
+        else:
+            hidden = activate(self.up(inputs))
         if train:
             hidden = self.drop(hidden, deterministic=False)
         return self.down(hidden)
