@@ -1,4 +1,4 @@
-"""The command line: ``transfer-jax list | run | report | merge``.
+"""The command line: ``transfer-jax list | run | report | compare | merge``.
 
 ``launch/local.py`` shares ``run``.
 
@@ -27,6 +27,7 @@ from typing import IO, Any
 import transfer_jax
 from transfer_jax import configuration
 from transfer_jax.configuration import ConfigError
+from transfer_jax.training.files import as_path
 
 OK, FAILED, USAGE, PREEMPTED = 0, 1, 2, 75
 
@@ -77,8 +78,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = commands.add_parser(
         "report", help="write the report of a run", description="Writes WORKDIR/report/report.md."
     )
-    report.add_argument("workdir", metavar="WORKDIR", type=Path)
+    report.add_argument("workdir", metavar="WORKDIR", type=_directory)
     report.add_argument("--debug", action="store_true", help="show tracebacks of all errors")
+    compare = commands.add_parser(
+        "compare",
+        help="compare finished runs",
+        description="Prints a table over finished work directories, with the settings in which "
+        "they differ and the results that they share; --out writes it with plots.",
+        allow_abbrev=False,
+    )
+    compare.add_argument(
+        "workdirs", metavar="DIR", nargs="+", type=_directory,
+        help="a work directory, or a directory of work directories, such as that of a sweep",
+    )  # fmt: skip
+    compare.add_argument(
+        "--out", metavar="DIR", type=Path, help="write compare.md, compare.csv and plots there"
+    )
+    compare.add_argument(
+        "--metrics", metavar="REGEX", default="", help="only results in whose name this is found"
+    )
+    compare.add_argument("--debug", action="store_true", help="show tracebacks of all errors")
     merge = commands.add_parser(
         "merge",
         help="merge checkpoints",
@@ -95,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _guarded(options.debug, _list)
     if options.command == "report":
         return _guarded(options.debug, lambda: _report(options.workdir))
+    if options.command == "compare":
+        return _guarded(options.debug, lambda: _compare(options))
     if options.command == "merge":
         return _merge(options)
     return _run(options, overrides, ["transfer-jax", "run"])
@@ -118,6 +139,13 @@ def main_local(argv: Sequence[str] | None = None) -> int:
     return _run(parser.parse_args(arguments), overrides, ["python", "-m", "launch.local"])
 
 
+def _directory(text: str) -> Path:
+    try:
+        return as_path(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     def positive(text: str) -> int:
         value = int(text)
@@ -125,7 +153,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
             raise argparse.ArgumentTypeError(f"{value} is less than 1")
         return value
 
-    parser.add_argument("--workdir", type=Path, help="default: runs/NAME-VARIANT")
+    parser.add_argument(
+        "--workdir", type=_directory, help="local, gs://… or s3://…; default: runs/NAME-VARIANT"
+    )
     parser.add_argument(
         "--processes", type=positive, default=1, metavar="N",
         help="run N processes on this machine, one job together; on GPU machines each gets its "
@@ -139,6 +169,14 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--distributed", action="store_true",
         help="join the processes that a TPU pod, Slurm, Open MPI or GKE has started, as JAX "
         "detects them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT",
+        help="where process 0 listens; default: as detected, or a free port of this machine",
+    )  # fmt: skip
+    parser.add_argument(
+        "--timeout", type=positive, default=300, metavar="SECONDS",
+        help="how long processes wait for each other at the start; default: 300",
     )  # fmt: skip
     parser.add_argument(
         "--dry_run", "--dry-run", action="store_true",
@@ -239,13 +277,16 @@ def _run(options: argparse.Namespace, overrides: list[str], program: list[str]) 
         command = [*program, f"--config={options.config}", *arguments]
     command += [f"--processes={options.processes}"] if options.processes > 1 else []
     command += ["--distributed"] if options.distributed else []
+    command += [f"--coordinator={options.coordinator}"] if options.coordinator else []
+    command += [f"--timeout={options.timeout}"] if options.timeout != 300 else []
     typed = options.launched_by or shlex.join(command)
 
     if options.dry_run:
         return _dry_run(options, config, workdir, gpus)
     if options.processes > 1:
         child = [sys.executable, "-m", "transfer_jax.cli", "run", options.config, *arguments]
-        return _run_processes([*child, f"--launched_by={typed}"], options.processes, gpus)
+        child += [f"--timeout={options.timeout}", f"--launched_by={typed}"]
+        return _run_processes(child, options.processes, gpus, options.coordinator)
     if options.launched_by:
         _stop_with_parent()
     code = _guarded(options.debug, lambda: _run_job(options, config, workdir, typed))
@@ -269,7 +310,8 @@ def _run_job(options: argparse.Namespace, config: Any, workdir: Path, command: s
     logging.basicConfig(format="%(levelname)s: %(message)s")
     from transfer_jax.training import distributed
 
-    distributed.initialize(detect=options.distributed)
+    # --coordinator of --processes has reached its processes by the environment.
+    distributed.initialize(options.coordinator, detect=options.distributed, timeout=options.timeout)
 
     from transfer_jax.training import Experiment, Preempted
     from transfer_jax.training.report import print_results
@@ -336,14 +378,17 @@ def _gpus_per_process(options: argparse.Namespace) -> list[str] | None:
     return [",".join(ids[i * share : (i + 1) * share]) for i in range(count)]
 
 
-def _run_processes(command: list[str], count: int, gpus: list[str] | None) -> int:
+def _run_processes(
+    command: list[str], count: int, gpus: list[str] | None, address: str | None = None
+) -> int:
     """Runs the command ``count`` times as one job and returns one exit code for all.
 
     SIGTERM and Ctrl-C are passed on; a second one kills. If one process fails the others are ended.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    if address is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
     signals: list[int] = []
     previous = {
         number: signal.signal(number, lambda n, _frame: signals.append(n))
@@ -481,6 +526,19 @@ def _list() -> int:
         width = max(map(len, info.variants), default=0) + len(name) + 1
         for variant, summary in info.variants.items():
             print(f"  {f'{name}:{variant}'.ljust(width)}  {summary}")
+    return OK
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from transfer_jax.training.compare import compare, write_comparison
+    from transfer_jax.training.report import format_table
+
+    comparison = compare(options.workdirs, options.metrics)
+    print(format_table(comparison.columns, comparison.rows))
+    for text in comparison.notes:
+        _say(text)
+    if options.out is not None:
+        print(f"comparison: {write_comparison(comparison, options.out)}")
     return OK
 
 

@@ -39,25 +39,21 @@ def initialize(
         ``JAX_COORDINATOR_ADDRESS``.
       process_count: default ``JAX_NUM_PROCESSES``, else 1.
       process_id: 0 to ``process_count - 1``; default ``JAX_PROCESS_ID``.
-      detect: let JAX find what is not given: on TPU pods, Slurm, Open MPI and GKE.
+      detect: find what is not given as JAX does: on TPU pods, Slurm, Open MPI and GKE.
       timeout: seconds to wait for the others.
 
     Raises:
-      ValueError: only some of the three are known.
+      ValueError: only some of the three are known, or ``detect`` found no cluster.
       TimeoutError: process 0 cannot be reached in time.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     process_count = _from_environment(process_count, "JAX_NUM_PROCESSES")
     process_id = _from_environment(process_id, "JAX_PROCESS_ID")
+    local_devices = None
     if detect:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        _say("joining the processes of this job as JAX detects them")
-        jax.distributed.initialize(
-            coordinator, process_count, process_id, initialization_timeout=timeout
+        coordinator, process_count, process_id, local_devices = _detect(
+            coordinator, process_count, process_id, timeout
         )
-        atexit.register(_leave)
-        _say(f"process {jax.process_index()} of {jax.process_count()} has joined")
-        return
     if process_count in (None, 1) and coordinator is None and process_id in (None, 0):
         return
     known = {
@@ -66,6 +62,11 @@ def initialize(
         "JAX_PROCESS_ID": process_id,
     }
     missing = [name for name, value in known.items() if value is None]
+    if missing and detect:
+        raise ValueError(
+            "no TPU pod, Slurm, Open MPI or GKE job was found around this process. Start it with "
+            f"srun, mpirun or one of the launchers, or set {', '.join(missing)}."
+        )
     if missing:
         given = ", ".join(f"{k}={v}" for k, v in known.items() if v is not None)
         raise ValueError(
@@ -87,10 +88,11 @@ def initialize(
         _wait_for(coordinator, who, timeout)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
-        coordinator, process_count, process_id,
+        coordinator, process_count, process_id, local_device_ids=local_devices,
         cluster_detection_method="deactivate", initialization_timeout=timeout,
     )  # fmt: skip
     atexit.register(_leave)
+    _say(f"{who}: all have joined")
 
 
 def is_primary() -> bool:
@@ -183,6 +185,23 @@ def _leave() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(1.5)
     barrier("transfer_jax leaves")
+
+
+def _detect(
+    coordinator: str | None, process_count: int | None, process_id: int | None, timeout: int
+) -> tuple[str | None, int | None, int | None, Any]:
+    """Coordinator, count, index and local devices, found as ``jax.distributed.initialize`` does.
+
+    It does not say what it has found, and where process 0 is not there it ends the process; the
+    caller waits with a message instead.
+    """
+    from jax._src import clusters
+
+    ids = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    return clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        coordinator, process_count, process_id,
+        [int(i) for i in ids.split(",")] if ids else None, None, timeout,
+    )  # fmt: skip
 
 
 def _from_environment(value: int | None, name: str) -> int | None:

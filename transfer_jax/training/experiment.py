@@ -26,7 +26,7 @@ from transfer_jax.objectives import Objective, Variables
 from transfer_jax.training import distributed, loop, report
 from transfer_jax.training.checkpoint import read_tree
 from transfer_jax.training.config import FitConfig, from_dict
-from transfer_jax.training.files import write_json, write_text
+from transfer_jax.training.files import as_path, write_json, write_text
 from transfer_jax.training.sharding import Layout, make_mesh
 
 PyTree = Any
@@ -44,7 +44,7 @@ class Experiment:
 
     Args:
       config: from ``get_config``; locked or not, it is copied.
-      workdir: directory, created if absent.
+      workdir: directory, created if absent; local, or ``gs://`` or ``s3://``.
 
     Raises:
       ConfigError: the directory belongs to another config or cannot be written.
@@ -53,7 +53,7 @@ class Experiment:
     def __init__(self, config: ml_collections.ConfigDict, workdir: str | Path):
         self.config = ml_collections.FrozenConfigDict(config)
         _check_stages(self.config)
-        self.workdir = Path(workdir).expanduser().absolute()
+        self.workdir = as_path(workdir).expanduser().absolute()
         self._open(config)
         mesh = make_mesh(dict(self.config.get("mesh", {})))
         sharding = self.config.get("sharding", {})
@@ -74,11 +74,12 @@ class Experiment:
                 self.workdir.mkdir(parents=True, exist_ok=True)
                 if not any((self.workdir / kept).exists() for kept in ("stages", "artifacts")):
                     write_text(file, config_to_json(config))  # nothing computed: no claim yet
-                (probe := self.workdir / ".writable").touch()
+                (probe := self.workdir / ".writable").write_text("")
                 probe.unlink()
             except OSError as e:
                 raise ConfigError(
-                    f"the work directory {self.workdir} cannot be written ({e.strerror}). Choose "
+                    f"the work directory {self.workdir} cannot be written "
+                    f"({e.strerror or e}). Choose "
                     "another with --workdir, or change its permissions."
                 ) from e
         distributed.barrier("work directory")

@@ -1,14 +1,56 @@
-"""Small files that must never be half written."""
+"""Where a work directory lies, and small files in it that must never be half written."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from transfer_jax.configuration import ConfigError
+
+_REMOTE = {"gs://": "gcsfs", "s3://": "s3fs"}  # prefix -> the package that knows it
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """Returns a local ``pathlib.Path``, or an ``etils.epath.Path`` for ``gs://`` and ``s3://``.
+
+    Both have the same methods.
+
+    Raises:
+      ConfigError: another kind of address, or the package that knows this one is not installed.
+    """
+    text = os.fspath(path)
+    prefix = text[: text.find("://") + 3] if "://" in text else ""
+    if not prefix:
+        return Path(path)
+    if prefix not in _REMOTE:
+        raise ConfigError(f"{text} is no work directory: use a local path, gs://… or s3://….")
+    from importlib.util import find_spec
+
+    if find_spec(_REMOTE[prefix]) is None:
+        package = _REMOTE[prefix]
+        raise ConfigError(f"{text} needs the package {package}: pip install {package}.")
+    from etils import epath
+
+    return epath.Path(text)  # type: ignore[return-value]  # a pathlib path in all but name
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a path of ``as_path`` lies in an object store: no append, no rename in one piece."""
+    return "://" in os.fspath(path)
+
+
+def modified(path: Path) -> float:
+    """Returns when a file was written last, in seconds since the epoch."""
+    stat: Any = path.stat()
+    return stat.mtime if is_remote(path) else stat.st_mtime
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file atomically: a reader, or a restart after a crash, sees all of it or the old."""
-    path = Path(path)
+    path = as_path(path)
+    if is_remote(path):  # an object appears when it is complete
+        path.write_text(text)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as f:

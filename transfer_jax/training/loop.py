@@ -19,7 +19,7 @@ from transfer_jax.objectives import Mean, Objective, Variables
 from transfer_jax.training import distributed, profiling, progress, writers
 from transfer_jax.training.checkpoint import Checkpoints, abstract
 from transfer_jax.training.config import ConfigError, FitConfig
-from transfer_jax.training.files import write_json, write_text
+from transfer_jax.training.files import as_path, is_remote, write_json, write_text
 from transfer_jax.training.optimizers import make_optimizer, schedule_shape
 from transfer_jax.training.sharding import Layout, bytes_per_device, make_mesh, placement_table
 
@@ -138,11 +138,12 @@ def fit(
       NonFiniteError: see there; the message names the metric and the step.
       Preempted: SIGTERM arrived; a checkpoint is saved.
       ConfigError: settings that do not fit each other or the data.
+      CheckpointError: checkpoints cannot be written, or none of those that exist can be read.
     """
     layout = layout or Layout(make_mesh())
     return _Run(
         objective, train, config, layout, dict(evaluate or {}),
-        None if workdir is None else Path(workdir), seed, label, wandb,
+        None if workdir is None else as_path(workdir), seed, label, wandb,
     ).run()  # fmt: skip
 
 
@@ -380,7 +381,9 @@ class _Run:
         try:
             summary = None if self.workdir is None else self.workdir / "summary.json"
             if summary is not None and summary.exists():
-                return self._finished(batch, json.loads(summary.read_text()))
+                finished = self._finished(batch, json.loads(summary.read_text()))
+                if finished is not None:
+                    return finished
             return self._train(batch)
         finally:
             if self.checkpoints is not None:
@@ -391,7 +394,8 @@ class _Run:
         shapes = jax.eval_shape(lambda o, k, b: o.init(k, b), self.objective, self.init_key, batch)
         return shapes, self.layout.shardings(shapes)
 
-    def _finished(self, batch: PyTree, summary: dict[str, Any]) -> Fitted:
+    def _finished(self, batch: PyTree, summary: dict[str, Any]) -> Fitted | None:
+        """The result of a finished stage; None if its last checkpoint had to be set aside."""
         shapes, shardings = self._variable_shapes(batch)
         wanted = abstract(shapes, shardings)
         assert self.checkpoints is not None
@@ -408,7 +412,13 @@ class _Run:
                 f"{self.workdir} says that stage {self.label!r} is finished, but holds no "
                 "checkpoint of it. Delete the stage's directory to train it again."
             )
-        restored = found[1]
+        step, restored, _ = found
+        if step != summary["steps"]:
+            _log.warning(
+                "Stage %r was finished at step %d, but its newest good checkpoint is of step %d: "
+                "the steps after it are computed again.", self.label, summary["steps"], step,
+            )  # fmt: skip
+            return None
         variables = restored.get("best") or restored["variables"]
         if "ema" in restored:
             variables = Variables(restored["ema"], variables.state)
@@ -507,7 +517,9 @@ class _Run:
         config = self.config
         in_flight: deque[Report] = deque()
         due: list[tuple[int, Report]] = []  # lines whose values are still being computed
-        profiled = bool(config.profile_steps) and self.workdir is not None
+        # The profiler writes files itself, to local disks only.
+        local = self.workdir is not None and not is_remote(self.workdir)
+        profiled = bool(config.profile_steps) and local
         first = start + config.profile_start
         window = profiling.ProfileWindow(
             (self.workdir or Path()) / "profile",
@@ -648,6 +660,7 @@ class _Run:
     def _save(self, state: TrainState, step: int, iterator: Any) -> None:
         if self.checkpoints is None:
             return
+        self.writer.flush()  # a checkpoint never knows more than the metric files
         meta = {
             "data": iterator.get_state(),
             "watch": self.watch.to_json(),

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transfer_jax.training.files import as_path, modified, write_text
 from transfer_jax.training.writers import read_metrics
 
 _COLUMNS = 3  # panels of a figure beside each other
@@ -44,7 +45,7 @@ def write_report(workdir: str | Path) -> Path:
     Raises:
       FileNotFoundError: there is none of these files.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     missing: list[str] = []
     config = _read_json(workdir / "config.json", "config.json", missing)
     results = _read_json(workdir / "results.json", "results.json", missing)
@@ -56,7 +57,7 @@ def write_report(workdir: str | Path) -> Path:
     directory = workdir / "report"
     directory.mkdir(exist_ok=True)
 
-    lines = [f"# {workdir.resolve().name}", ""]
+    lines = [f"# {workdir.absolute().name}", ""]
     if results is None:
         lines += ["**This run has not finished**, or has recorded nothing yet.", ""]
     body = _results_section(results or {}, directory, missing)
@@ -65,9 +66,9 @@ def write_report(workdir: str | Path) -> Path:
         lines += ["## What is missing", "", *(f"- {text}" for text in missing), ""]
     lines += body
     if config is not None:
-        lines += ["## Configuration", "", *_markdown_table(["key", "value"], _flat(config)), ""]
+        lines += ["## Configuration", "", *markdown_table(["key", "value"], _flat(config)), ""]
     path = directory / "report.md"
-    path.write_text("\n".join(lines))
+    write_text(path, "\n".join(lines))
     return path
 
 
@@ -80,7 +81,7 @@ def format_table(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
-        justify: Any = "right" if _numeric([row[i] for row in rows]) else "left"
+        justify: Any = "right" if is_numeric([row[i] for row in rows]) else "left"
         table.add_column(Text(str(column)), justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row))
@@ -120,7 +121,7 @@ def _stages(workdir: Path) -> list[Path]:
     written: dict[Path, float] = {}
     for name in ("metrics.jsonl", "summary.json"):
         for file in workdir.glob(f"stages/**/{name}"):
-            written.setdefault(file.parent, file.stat().st_mtime)
+            written.setdefault(file.parent, modified(file))
     return sorted(written, key=lambda stage: (written[stage], stage))
 
 
@@ -137,19 +138,19 @@ def _results_section(results: dict[str, Any], directory: Path, missing: list[str
             )
 
     def table(name: str, value: Any) -> list[str]:
-        return [f"### {_words(name)}", "", *_markdown_table(value["columns"], value["rows"]), ""]
+        return [f"### {_words(name)}", "", *markdown_table(value["columns"], value["rows"]), ""]
 
     def plot(kind: str, name: str, value: Any, draw: Callable[..., None]) -> list[str]:
-        file = directory / f"{kind}-{_file_name(name)}.png"
+        file = directory / f"{kind}-{file_name(name)}.png"
         draw(value, _words(name), file)
         return [f"### {_words(name)}", "", f"![{_words(name)}]({file.name})", ""]
 
     scalars = results.get("scalars", {})
     if scalars:
-        part("scalars", "*", lambda: [*_markdown_table(["result", "value"], scalars.items()), ""])
+        part("scalars", "*", lambda: [*markdown_table(["result", "value"], scalars.items()), ""])
     for name, value in results.get("tables", {}).items():
         part("tables", name, lambda n=name, v=value: table(n, v))  # type: ignore[misc]
-    for kind, draw in (("curves", _draw_curves), ("bars", _draw_bars)):
+    for kind, draw in (("curves", draw_curves), ("bars", draw_bars)):
         for name, value in results.get(kind, {}).items():
             part(kind, name, lambda k=kind, n=name, v=value, d=draw: plot(k, n, v, d))  # type: ignore[misc]
     return ["## Results", "", *lines] if lines else []
@@ -168,7 +169,7 @@ def _stages_section(
         if (stage / "summary.json").exists():
             summary = _read_json(stage / "summary.json", f"stages/{name}/summary.json", missing)
             if summary:
-                lines += [*_markdown_table(["summary", "value"], _flat(summary)), ""]
+                lines += [*markdown_table(["summary", "value"], _flat(summary)), ""]
         else:
             lines += ["This stage has no summary: it has not finished.", ""]
         curves = _metric_curves(read_metrics(stage / "metrics.jsonl"))
@@ -180,8 +181,8 @@ def _stages_section(
             finite = [v for v in values if math.isfinite(v)] or [math.nan]
             rows.append([metric, values[-1], steps[-1], min(finite), max(finite)])
         columns = ["metric", "last", "at step", "lowest", "highest"]
-        lines += [*_markdown_table(columns, rows), ""]
-        file = directory / f"stage-{_file_name(name)}.png"
+        lines += [*markdown_table(columns, rows), ""]
+        file = directory / f"stage-{file_name(name)}.png"
         _draw_stage(curves, name, file)
         lines += [f"![metrics of stage {name}]({file.name})", ""]
     return lines
@@ -191,7 +192,7 @@ def _metric_curves(records: list[dict[str, Any]]) -> dict[str, tuple[list[int], 
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for record in records:
         for name, value in record.items():
-            number = _number(value)
+            number = as_number(value)
             if name != "step" and isinstance(number, float):
                 steps, values = curves.setdefault(name, ([], []))
                 steps.append(record["step"])
@@ -199,7 +200,7 @@ def _metric_curves(records: list[dict[str, Any]]) -> dict[str, tuple[list[int], 
     return curves
 
 
-def _number(value: Any) -> Any:
+def as_number(value: Any) -> Any:
     """A float for every number, the names of non-finite ones and None; anything else as it is."""
     if isinstance(value, bool):
         return value
@@ -208,8 +209,8 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, (int, float)) else value
 
 
-def _numeric(values: Sequence[Any]) -> bool:
-    return bool(values) and all(isinstance(_number(v), float) for v in values)
+def is_numeric(values: Sequence[Any]) -> bool:
+    return bool(values) and all(isinstance(as_number(v), float) for v in values)
 
 
 def _cell(value: Any) -> str:
@@ -231,13 +232,13 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
-def _markdown_table(columns: Sequence[Any], rows: Any) -> list[str]:
+def markdown_table(columns: Sequence[Any], rows: Any) -> list[str]:
     def line(values: Sequence[Any]) -> str:
         cells = (_cell(v).replace("|", "\\|").replace("\n", " ") for v in values)
         return f"| {' | '.join(cells)} |"
 
     rows = [list(row) for row in rows]
-    right = [_numeric([row[i] for row in rows]) for i in range(len(columns))]
+    right = [is_numeric([row[i] for row in rows]) for i in range(len(columns))]
     rule = "|".join("---:" if r else "---" for r in right)
     return [line(columns), f"|{rule}|", *(line(row) for row in rows)]
 
@@ -246,7 +247,7 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
@@ -260,8 +261,8 @@ def _figure(width: float, height: float) -> Any:
 def _save(draw: Callable[[], Any], file: Path) -> None:
     import matplotlib as mpl
 
-    with mpl.rc_context(_STYLE):
-        draw().savefig(file)
+    with mpl.rc_context(_STYLE), file.open("wb") as f:
+        draw().savefig(f, format="png")
 
 
 def _plot_line(axes: Any, x: Sequence[Any], y: Sequence[float], label: str) -> None:
@@ -302,12 +303,12 @@ def _draw_stage(
     _save(draw, file)
 
 
-def _draw_curves(value: Mapping[str, Any], title: str, file: Path) -> None:
+def draw_curves(value: Mapping[str, Any], title: str, file: Path) -> None:
     def draw() -> Any:
         figure = _figure(6.4, 4.2)
         axes = figure.subplots()
         for label, y in value["series"].items():
-            _plot_line(axes, value["x"], [_number(v) for v in y], str(label))
+            _plot_line(axes, value["x"], [as_number(v) for v in y], str(label))
         axes.set_title(title)
         axes.set_xlabel(value.get("xlabel") or "")
         axes.set_ylabel(value.get("ylabel") or "")
@@ -320,7 +321,7 @@ def _draw_curves(value: Mapping[str, Any], title: str, file: Path) -> None:
     _save(draw, file)
 
 
-def _draw_bars(value: Mapping[str, Any], title: str, file: Path) -> None:
+def draw_bars(value: Mapping[str, Any], title: str, file: Path) -> None:
     labels = [_words(str(label)) for label in value["labels"]]
     series = value["series"]
 
@@ -330,7 +331,7 @@ def _draw_bars(value: Mapping[str, Any], title: str, file: Path) -> None:
         width = 0.8 / max(len(series), 1)
         for i, (label, heights) in enumerate(series.items()):
             offset = (i - (len(series) - 1) / 2) * width
-            numbers = [_number(h) for h in heights]
+            numbers = [as_number(h) for h in heights]
             bars = axes.bar([x + offset for x in range(len(labels))], numbers, width, label=label)
             if len(labels) * len(series) <= 16:
                 axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)

@@ -11,12 +11,14 @@ import json
 import logging
 import math
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from transfer_jax.training.files import write_text
+from transfer_jax.training.files import as_path, is_remote, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,9 @@ class MetricWriter:
     "Infinity" and "-Infinity", so that every line is valid JSON. ``metrics.csv`` has the same
     numbers as a table. TensorBoard events go to ``tensorboard/``.
 
+    Object stores cannot append to a file: there everything is written to a temporary local
+    directory, which is copied when flushed, and by itself every 30 seconds.
+
     Args:
       directory: made if it does not exist.
       wandb: keyword arguments of ``wandb.init`` (project, name, mode, ...), or None for no W&B.
@@ -70,7 +75,11 @@ class MetricWriter:
         tensorboard: bool = True,
         resume_step: int | None = None,
     ):
-        directory = Path(directory)
+        directory = as_path(directory)
+        self._mirror: _Mirror | None = None
+        if is_remote(directory):
+            self._mirror = _Mirror(directory)
+            directory = self._mirror.local
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
         kept = [
@@ -106,14 +115,21 @@ class MetricWriter:
         """Writes scalars (Python, NumPy or JAX) of one step, and flushes the text files."""
         record = {name: float(value) for name, value in values.items()}
         self._each(lambda sink: sink.write(int(step), record))
+        if self._mirror is not None and self._mirror.due():
+            self.flush()
 
     def flush(self) -> None:
         self._each(lambda sink: sink.flush())
+        if self._mirror is not None:
+            self._mirror.copy()
 
     def close(self) -> None:
         """Flushes and closes everything; may be called twice."""
         self._each(lambda sink: sink.close())
         self._sinks.clear()
+        if self._mirror is not None:
+            self._mirror.close()
+            self._mirror = None
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -130,7 +146,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     records = []
     try:
-        text = Path(path).read_bytes().decode(errors="replace")
+        text = as_path(path).read_bytes().decode(errors="replace")
     except FileNotFoundError:
         return []
     for line in text.splitlines():
@@ -157,6 +173,34 @@ def _json_line(record: Mapping[str, Any]) -> str:
         return value
 
     return json.dumps({k: plain(v) for k, v in record.items()}, allow_nan=False) + "\n"
+
+
+class _Mirror:
+    """A local directory of which an object store has a copy."""
+
+    def __init__(self, remote: Path, seconds: float = 30.0):
+        self.local = Path(tempfile.mkdtemp(prefix="transfer_jax-metrics-"))
+        self._remote, self._seconds, self._copied = remote, seconds, time.monotonic()
+        for name in ("metrics.jsonl", "wandb_id.txt"):  # what a resumed stage goes on with
+            if (remote / name).exists():
+                (self.local / name).write_bytes((remote / name).read_bytes())
+
+    def due(self) -> bool:
+        return time.monotonic() - self._copied > self._seconds
+
+    def copy(self) -> None:
+        try:
+            for path in (*self.local.glob("*"), *self.local.glob("tensorboard/*")):
+                if path.is_file() and not path.name.startswith("."):
+                    target = self._remote / path.relative_to(self.local).as_posix()
+                    target.write_bytes(path.read_bytes())
+        except Exception as error:  # the next copy may succeed
+            logger.warning("metrics could not be copied to %s: %s", self._remote, error)
+        self._copied = time.monotonic()
+
+    def close(self) -> None:
+        self.copy()
+        shutil.rmtree(self.local, ignore_errors=True)
 
 
 class _JsonLines:
