@@ -11,6 +11,7 @@ from transfer_jax import trees
 from transfer_jax.objectives import (
     Classification,
     Distilled,
+    LinearFloor,
     LowRank,
     Mean,
     NextToken,
@@ -42,6 +43,10 @@ def variables(task, batch):
 
 def shifted(params, by=0.1):
     return jax.tree.map(lambda x: x + by, params)
+
+
+def tree_close(a, b, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
 
 
 def grad(objective, variables, batch):
@@ -278,6 +283,61 @@ class TestPenalized:
         gradient = jax.grad(objective.penalty)(moved)
         np.testing.assert_allclose(gradient["head"]["bias"], jnp.arange(4.0), rtol=1e-5)
         assert not np.any(gradient["body"]["kernel"])
+
+    def test_the_strength_follows_its_schedule(self, task, variables):
+        schedule = LinearFloor(initial=0.9, floor=0.2, steps_per_epoch=10, epochs=20)
+        objective = Penalized(inner=task, anchor=variables.params, schedule=schedule)
+        strengths = [
+            float(jax.jit(lambda o, s: o.at(s).strength)(objective, step))
+            for step in (0, 9, 10, 155, 160, 10_000)
+        ]
+        # The floor is reached in epoch 16: 0.9 (1 - 15 / 20) = 0.225, then 0.18.
+        np.testing.assert_allclose(strengths, [0.9, 0.9, 0.855, 0.225, 0.2, 0.2], rtol=1e-6)
+        assert objective.strength == 1.0
+        nested = Penalized(inner=objective, anchor=variables.params).at(jnp.int32(10))
+        assert float(nested.inner.strength) == pytest.approx(0.855)
+
+    def test_the_proximal_step_takes_the_place_of_the_gradient(self, task, variables, batch):
+        moved = Variables(shifted(variables.params, 0.2), variables.state)
+        gradient = Penalized(inner=task, anchor=variables.params, strength=3.0)
+        proximal = gradient.replace(penalty_step="proximal")
+
+        def of(objective):
+            return jax.value_and_grad(
+                lambda p: objective.loss(Variables(p, moved.state), batch, KEY)[0]
+            )(moved.params)
+
+        assert float(of(proximal)[0]) == float(of(gradient)[0])
+        tree_close(of(proximal)[1], of(task)[1])
+        # One step from theta to (theta + r l anchor) / (1 + r l), and nothing in the other form.
+        after = proximal.proximal(moved.params, jnp.float32(0.5))
+        expected = jax.tree.map(lambda a, t: (t + 1.5 * a) / 2.5, variables.params, moved.params)
+        tree_close(after, expected)
+        assert gradient.proximal(moved.params, jnp.float32(0.5)) is moved.params
+
+    def test_the_proximal_step_is_the_limit_of_small_gradient_steps(self, task, variables):
+        # theta' = lambda F (anchor - theta) over the time r, and implicitly in one step.
+        fisher = jax.tree.map(lambda x: jnp.full_like(x, 2.0), variables.params)
+        objective = Penalized(inner=task, anchor=variables.params, fisher=fisher, strength=5.0)
+        proximal = objective.replace(penalty_step="proximal")
+        start = shifted(variables.params, 1.0)
+        rate = 1e-3
+        params = start
+        one = jax.jit(lambda p: proximal.proximal(p, jnp.float32(rate)))
+        gradient = jax.jit(jax.grad(objective.penalty))
+        for _ in range(100):
+            params = one(params)
+        flow = start
+        for _ in range(100):
+            flow = jax.tree.map(lambda p, g: p - rate * 5.0 * g, flow, gradient(flow))
+        tree_close(params, flow, rtol=0.02, atol=0.01)
+        held = proximal.replace(strength=1e30).proximal(start, jnp.float32(0.1))
+        tree_close(held, variables.params)
+
+    def test_an_unknown_form_of_the_step_raises(self, task, variables, batch):
+        objective = Penalized(inner=task, anchor=variables.params, penalty_step="prox")
+        with pytest.raises(ValueError, match="'gradient' or 'proximal'"):
+            objective.loss(variables, batch, KEY)
 
     def test_an_empty_anchor_raises(self, task, variables, batch):
         with pytest.raises(ValueError, match="nothing would be protected"):

@@ -2,8 +2,9 @@
 
 from transfer_jax.objectives.base import Aux, Mean, Objective, Transformed, Variables
 from transfer_jax.objectives.distil import Distilled, DistilledObjective
-from transfer_jax.objectives.penalize import Penalized, PenalizedObjective
+from transfer_jax.objectives.penalize import LinearFloor, Penalized, PenalizedObjective
 from transfer_jax.objectives.reparameterize import LowRank, ReparameterizedObjective, Trainable
+from transfer_jax.objectives.seq2seq import Seq2Seq
 from transfer_jax.objectives.tasks import (
     Classification,
     ModuleObjective,
@@ -18,6 +19,7 @@ __all__ = [
     "Classification",
     "Distilled",
     "DistilledObjective",
+    "LinearFloor",
     "LowRank",
     "Mean",
     "ModuleObjective",
@@ -27,6 +29,7 @@ __all__ = [
     "PenalizedObjective",
     "Regression",
     "ReparameterizedObjective",
+    "Seq2Seq",
     "Trainable",
     "Transformed",
     "Variables",
