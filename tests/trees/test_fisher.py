@@ -137,6 +137,21 @@ def test_argmax_is_empirical_with_the_predicted_labels():
     close(trees.fisher_diagonal(network, NETWORK, DATA, kind="argmax"), expected)
 
 
+def test_label_prob_is_one_term_of_exact():
+    p = jax.nn.softmax(network(NETWORK, DATA))
+    every = [
+        trees.fisher_diagonal(
+            network_loss, NETWORK, {"inputs": X, "labels": np.full(N, k)}, kind="label_prob"
+        )
+        for k in range(K)
+    ]
+    close(trees.weighted_sum(every, [1.0] * K), trees.fisher_diagonal(network, NETWORK, DATA))
+    single = {"inputs": X[:1], "labels": np.array([1])}
+    one = trees.fisher_diagonal(network_loss, NETWORK, single, kind="label_prob")
+    empirical = trees.fisher_diagonal(network_loss, NETWORK, single, kind="empirical")
+    close(one, trees.scale(empirical, float(p[0, 1])))
+
+
 def test_independent_tokens_add_up():
     def tokens(params, batch):  # [B, T, K]
         return batch["inputs"] @ params["w"]
@@ -392,6 +407,23 @@ def test_merge_fisher_decays_and_starts_from_nothing():
         trees.merge_fisher(FISHER, FISHER, decay=1.5)
 
 
+def test_consolidation_by_mode():
+    f, g = FISHER, jax.tree.map(lambda x: x**0.5, FISHER)
+    first = trees.consolidate(None, NETWORK, f)
+    apart = trees.consolidate(first, MOVED, g, mode="separate")
+    assert apart == trees.Consolidated((NETWORK, MOVED), (f, g))
+    for mode, decay, (a, b) in (
+        ("sum", 0.5, (1.0, 1.0)), ("online", 0.9, (0.9, 1.0)), ("streaming_ema", 0.9, (0.9, 0.1)),
+    ):  # fmt: skip
+        state = trees.consolidate(first, MOVED, g, mode=mode, decay=decay)
+        assert state.anchors == (MOVED,)
+        close(state.fishers[0], trees.weighted_sum([f, g], [a, b]))
+    with pytest.raises(ValueError, match="continues one diagonal, not 2"):
+        trees.consolidate(apart, MOVED, g)
+    with pytest.raises(ValueError, match="'streaming_ema'"):
+        trees.consolidate(first, MOVED, g, mode="ema")
+
+
 # --- Kronecker factors --------------------------------------------------------------------------
 
 
@@ -440,6 +472,30 @@ def test_kronecker_penalty_is_a_quadratic_form_with_that_diagonal():
     )
     np.testing.assert_allclose(
         hessian.reshape(4 * K, 4 * K), np.kron(block.a, block.g), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_merged_kronecker_blocks_are_nearest_to_the_sum():
+    def block(seed):
+        a, g = RNG.normal(size=(seed + 3, 6, 3)), RNG.normal(size=(seed + 3, 6, 2))
+        a, g = (np.einsum("nki,nkj->ij", x, x).astype(np.float32) for x in (a, g))
+        return trees.KroneckerBlock(a, g)
+
+    first, second = block(0), block(1)
+    total = np.kron(first.a, first.g) + np.kron(second.a, second.g)
+    merged = trees.merge_kronecker(first, second)
+    error = total - np.kron(merged.a, merged.g)
+    # Stationary: the error is orthogonal to every product with one of the two factors.
+    blocks = error.reshape(3, 2, 3, 2)
+    scale = np.linalg.norm(total) * np.linalg.norm(merged.g)
+    assert np.abs(np.einsum("ikjl,kl->ij", blocks, merged.g)).max() < 1e-5 * scale
+    assert np.abs(np.einsum("ikjl,ij->kl", blocks, merged.a)).max() < 1e-5 * scale
+    assert np.linalg.norm(error) < np.linalg.norm(np.kron(second.a, second.g))
+    assert min(np.linalg.eigvalsh(merged.a)[0], np.linalg.eigvalsh(merged.g)[0]) > 0
+    alike = trees.KroneckerBlock(3 * first.a, 2 * first.g)
+    merged = trees.merge_kronecker(first, alike)
+    np.testing.assert_allclose(
+        np.kron(merged.a, merged.g), 7 * np.kron(first.a, first.g), rtol=1e-4, atol=1e-3
     )
 
 

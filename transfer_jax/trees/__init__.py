@@ -20,13 +20,16 @@ from transfer_jax.trees.arithmetic import (
 from transfer_jax.trees.blocks import block_coefficients, group_paths
 from transfer_jax.trees.files import load_safetensors, save_safetensors
 from transfer_jax.trees.fisher import (
+    Consolidated,
     KroneckerBlock,
+    consolidate,
     ewc_penalty,
     ewc_proximal,
     fisher_diagonal,
     kfac_blocks,
     kfac_penalty,
     merge_fisher,
+    merge_kronecker,
 )
 from transfer_jax.trees.low_rank import (
     extract_lora,
@@ -57,6 +60,7 @@ from transfer_jax.trees.task_vectors import (
 
 __all__ = [
     "METHODS",
+    "Consolidated",
     "KroneckerBlock",
     "Linearized",
     "add",
@@ -65,6 +69,7 @@ __all__ = [
     "block_coefficients",
     "check_same",
     "combine",
+    "consolidate",
     "cosine",
     "dot",
     "ewc_penalty",
@@ -86,6 +91,7 @@ __all__ = [
     "map_with_path",
     "merge",
     "merge_fisher",
+    "merge_kronecker",
     "merge_leaf",
     "norm",
     "partition",

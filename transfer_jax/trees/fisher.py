@@ -12,6 +12,8 @@ kind           what is averaged over the examples
 ``argmax``     ``g(x, y)^2`` for the most likely label
 ``empirical``  ``g^2`` for the label of the data set; the Fisher information only if the model's
                predictions are right as probabilities
+``label_prob`` ``p(y|x) g^2`` for the label of the data set: one term of ``exact``, used by some
+               continual-learning libraries
 ``batched``    not per example: the square of the gradient of the *batch mean*. A widespread
                shortcut, and biased: with mean gradient m and variance v of one coordinate it is
                ``v / B + m^2`` for batches of size B instead of ``v + m^2``, so it depends on B
@@ -31,7 +33,8 @@ from transfer_jax.trees.arithmetic import add, scale, sharded_like, wide
 from transfer_jax.trees.blocks import expand
 from transfer_jax.trees.paths import Array, PyTree, check_same, map_with_path, path_str
 
-Kind = Literal["exact", "mc", "empirical", "argmax", "batched"]
+Kind = Literal["exact", "mc", "empirical", "argmax", "label_prob", "batched"]
+Mode = Literal["separate", "sum", "online", "streaming_ema"]
 Likelihood = Literal["categorical", "gaussian"]
 Normalize = Literal["mean", "max", "trace"]
 Batch = Any
@@ -67,8 +70,8 @@ def fisher_diagonal(
         log-probabilities [B, K] of the K classes (unnormalised logits are normalised), or for
         ``mc`` and ``argmax`` [B, ..., K] if an example is several independent choices, such as
         tokens given their prefix. With ``likelihood="gaussian"`` it returns the means [B, D] of
-        unit normals. For ``empirical`` and ``batched`` it returns one loss (or log-likelihood;
-        the sign does not matter) per row, [B].
+        unit normals. For ``empirical``, ``label_prob`` and ``batched`` it returns one negative
+        log-likelihood (the sign does not matter) per row, [B].
       params: any pytree of floating leaves. None leaves are absent.
       batches: an iterable of batches (a list, a generator, a loader); or one batch: a dictionary,
         tuple or array, or any other pytree that is no iterable. All leaves have the batch axis
@@ -250,7 +253,7 @@ def _square(x: Array) -> Array:
 def _outputs(options: _Options, params: PyTree, batch: Batch, size: int) -> Array:
     """Returns losses [B], means or normalised log-probabilities [B, ..., K]."""
     out = options.function(params, batch)
-    shape, scalar = jnp.shape(out), options.kind in ("empirical", "batched")
+    shape, scalar = jnp.shape(out), options.kind in ("empirical", "label_prob", "batched")
     if shape[:1] != (size,) or (len(shape) == 1) != scalar:
         wanted = "one loss per row, [B]" if scalar else "log-probabilities or means, [B, ..., K]"
         raise ValueError(
@@ -269,6 +272,10 @@ def _example_squares(options: _Options, params: PyTree, row: Batch, key: Array) 
 
     if options.kind == "empirical":
         return jax.tree.map(_square, jax.grad(output)(params))
+    if options.kind == "label_prob":
+        value, gradient = jax.value_and_grad(output)(params)
+        # Log-probabilities of labels are not positive, so the sign convention does not matter.
+        return jax.tree.map(lambda g: jnp.exp(-jnp.abs(value)) * _square(g), gradient)
     out, pull_back = jax.vjp(output, params)
     num, score = _scores(options, out, key)
 
@@ -384,6 +391,62 @@ def merge_fisher(old: PyTree | None, new: PyTree, *, decay: float = 1.0) -> PyTr
         return new
     check_same(old, new, names=("old", "new"))
     return add(scale(old, decay), new)
+
+
+class Consolidated(NamedTuple):
+    """What elastic weight consolidation keeps of the tasks so far.
+
+    The penalty is the sum of ``ewc_penalty(params, anchor, fisher)`` over the pairs.
+
+    Attributes:
+      anchors: parameters after a task; of every task (``separate``) or of the latest.
+      fishers: a diagonal for each anchor.
+    """
+
+    anchors: tuple[PyTree, ...]
+    fishers: tuple[PyTree, ...]
+
+
+def consolidate(
+    old: Consolidated | None,
+    params: PyTree,
+    fisher: PyTree,
+    *,
+    mode: Mode = "sum",
+    decay: float = 1.0,
+) -> Consolidated:
+    """Adds a task to what is consolidated.
+
+    Args:
+      old: of the tasks before, or None.
+      params: the parameters after the task.
+      fisher: the diagonal at ``params`` on its data.
+      mode: ``separate``: keep every pair (Kirkpatrick et al. 2017), memory grows with the tasks;
+        ``sum``: one anchor, the latest, and the sum of the diagonals (Huszar 2018); ``online``: the
+        same with ``decay * old + new`` (Schwarz et al. 2018); ``streaming_ema``:
+        ``decay * old + (1 - decay) * new``, for diagonals of batches where no task ends.
+      decay: in [0, 1], for ``online`` and ``streaming_ema``.
+
+    Raises:
+      ValueError: an unknown mode, or an impossible decay.
+
+    >>> state = consolidate(None, {"w": 1.0}, {"w": 2.0})
+    >>> consolidate(state, {"w": 3.0}, {"w": 1.0}, mode="online", decay=0.5)
+    Consolidated(anchors=({'w': 3.0},), fishers=({'w': Array(2., dtype=float32)},))
+    """
+    _check_option("mode", mode, Mode)
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay={decay}: give a number from 0 to 1.")
+    if old is None:
+        return Consolidated((params,), (fisher,))
+    if mode == "separate":
+        return Consolidated((*old.anchors, params), (*old.fishers, fisher))
+    if len(old.fishers) != 1:
+        raise ValueError(f"mode={mode!r} continues one diagonal, not {len(old.fishers)}.")
+    if mode == "streaming_ema":
+        fisher = scale(fisher, 1 - decay)
+    kept = 1.0 if mode == "sum" else decay
+    return Consolidated((params,), (merge_fisher(old.fishers[0], fisher, decay=kept),))
 
 
 def ewc_penalty(params: PyTree, anchor: PyTree, fisher: PyTree) -> Array:
@@ -603,6 +666,35 @@ def _second_moment(x: Array, weights: Array) -> Array:
     """Returns ``sum_n weights_n x_n x_n^T`` for ``x`` [B, d]."""
     x = wide(x)
     return jnp.einsum("n,ni,nj->ij", weights, x, x, precision="highest")
+
+
+def merge_kronecker(first: KroneckerBlock, second: KroneckerBlock) -> KroneckerBlock:
+    """Returns the Kronecker product nearest to the sum of two (Van Loan and Pitsianis 1993).
+
+    The sum of Kronecker products is none, so blocks of several tasks are added approximately: this
+    is the best one in the Frobenius norm, and exact where either factor is proportional. Both
+    factors of the result are positive semi-definite if those given are.
+
+    Args:
+      first: a block.
+      second: a block of the same layer.
+
+    >>> block = KroneckerBlock(a=jnp.eye(2), g=jnp.eye(3))
+    >>> merged = merge_kronecker(block, block)
+    >>> float(jnp.kron(merged.a, merged.g)[0, 0].round(4))
+    2.0
+    """
+
+    def basis(x: Array, y: Array) -> tuple[Array, Array]:
+        return jnp.linalg.qr(jnp.stack([wide(x).ravel(), wide(y).ravel()], axis=1))
+
+    # Rearranged, the sum is a matrix of rank 2, and Kronecker products are those of rank 1.
+    (q_a, r_a), (q_g, r_g) = basis(first.a, second.a), basis(first.g, second.g)
+    u, s, v = jnp.linalg.svd(r_a @ r_g.T)
+    a = (q_a @ u[:, 0]).reshape(first.a.shape)
+    g = (q_g @ v[0]).reshape(first.g.shape)
+    size = jnp.sqrt(s[0]) * jnp.where(jnp.trace(a) < 0, -1.0, 1.0)
+    return KroneckerBlock(size * a, size * g)
 
 
 def kfac_penalty(changes: Mapping[str, Array], blocks: Mapping[str, KroneckerBlock]) -> Array:
