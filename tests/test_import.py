@@ -34,7 +34,7 @@ def test_every_public_name_exists_and_none_brings_in_another_framework():
         "import transfer_jax as tj\n"
         "for name in tj.__all__: getattr(tj, name)\n"
         "assert set(tj.__all__) <= set(dir(tj))\n"
-        "for part in (tj.data, tj.models, tj.nn, tj.objectives, tj.ops,\n"
+        "for part in (tj.data, tj.interop, tj.metrics, tj.models, tj.nn, tj.objectives, tj.ops,\n"
         "             tj.training, tj.trees):\n"
         "    for name in getattr(part, '__all__', ()): getattr(part, name)"
     )

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _SUBPACKAGES = (
-    "data", "models", "nn", "objectives", "ops", "papers", "training", "trees",
+    "data", "interop", "metrics", "models", "nn", "objectives", "ops", "papers", "training",
+    "trees",
 )  # fmt: skip
 _NAMES = {
     "Aux": "objectives",
@@ -32,14 +33,25 @@ _NAMES = {
 }
 
 if TYPE_CHECKING:
-    from transfer_jax import data, models, nn, objectives, ops, papers, training, trees
+    from transfer_jax import (
+        data,
+        interop,
+        metrics,
+        models,
+        nn,
+        objectives,
+        ops,
+        papers,
+        training,
+        trees,
+    )
     from transfer_jax.configuration import get_config, list_configs
     from transfer_jax.objectives import Aux, Objective, Variables
     from transfer_jax.training import Experiment, FitConfig, fit
 
 __all__ = [
     "Aux", "Experiment", "FitConfig", "Objective", "Variables", "data", "fit", "get_config",
-    "list_configs", "models", "nn", "objectives", "ops", "papers", "training", "trees",
+    "interop", "list_configs", "metrics", "models", "nn", "objectives", "ops", "papers", "training", "trees",
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Whole networks."""
 
+from transfer_jax.models.bert import Bert, BertConfig, bert_stack
 from transfer_jax.models.sequence import (
     DecodeState,
     LanguageModel,
@@ -13,7 +14,7 @@ from transfer_jax.models.sequence import (
 from transfer_jax.models.vision import ResidualMLP, VisionBlock, VisionTransformer
 
 __all__ = [
-    "DecodeState", "LanguageModel", "ResidualMLP", "SequenceClassifier", "SequenceForecaster",
+    "Bert", "BertConfig", "DecodeState", "LanguageModel", "ResidualMLP", "SequenceClassifier", "SequenceForecaster",
     "SequenceModel", "SequencePairClassifier", "VisionBlock", "VisionTransformer", "generate",
-    "partition_rules",
+    "bert_stack", "partition_rules",
 ]  # fmt: skip
