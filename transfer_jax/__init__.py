@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Aux", "Experiment", "FitConfig", "Objective", "Variables", "data", "fit", "get_config",
-    "interop", "list_configs", "metrics", "models", "nn", "objectives", "ops", "papers", "training", "trees",
+    "interop", "list_configs", "metrics", "models", "nn", "objectives", "ops", "papers",
+    "training", "trees",
 ]  # fmt: skip
 
 

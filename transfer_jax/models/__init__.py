@@ -14,7 +14,18 @@ from transfer_jax.models.sequence import (
 from transfer_jax.models.vision import ResidualMLP, VisionBlock, VisionTransformer
 
 __all__ = [
-    "Bert", "BertConfig", "DecodeState", "LanguageModel", "ResidualMLP", "SequenceClassifier", "SequenceForecaster",
-    "SequenceModel", "SequencePairClassifier", "VisionBlock", "VisionTransformer", "generate",
-    "bert_stack", "partition_rules",
-]  # fmt: skip
+    "Bert",
+    "BertConfig",
+    "DecodeState",
+    "LanguageModel",
+    "ResidualMLP",
+    "SequenceClassifier",
+    "SequenceForecaster",
+    "SequenceModel",
+    "SequencePairClassifier",
+    "VisionBlock",
+    "VisionTransformer",
+    "bert_stack",
+    "generate",
+    "partition_rules",
+]
