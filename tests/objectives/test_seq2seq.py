@@ -112,6 +112,23 @@ def test_the_unit_of_the_likelihood():
         TASK.example_nll(VARIABLES, BATCH, unit="token")
 
 
+def test_drawn_labels_have_the_fisher_information_of_the_tokens_that_count():
+    one = jax.tree.map(lambda x: x[:1], padded(4, 5, fill=3))  # three of five positions count
+    params = VARIABLES.params
+    logits = TASK.predict(VARIABLES, one)[0, :3]
+    exact = jnp.zeros(VOCAB)
+    for row in jax.nn.softmax(logits):
+        exact = exact + row * (1 - row)  # of the output bias; scores of tokens are independent
+    for unit, scale in (("sequence", 1.0), ("token_mean", 1 / 9)):
+        sampled = trees.fisher_diagonal(
+            lambda p, b: TASK.choices(Variables(p, {}), b, unit=unit), params, one,  # noqa: B023
+            kind="mc", num_samples=4000, key=KEY,
+        )  # fmt: skip
+        bias = sampled["Dense_0"]["bias"]
+        np.testing.assert_allclose(bias, scale * exact, rtol=0.15)
+    np.testing.assert_array_equal(TASK.choices(VARIABLES, one), TASK.predict(VARIABLES, one))
+
+
 def test_a_batch_without_targets_is_named():
     with pytest.raises(ValueError, match=r"batch\['targets'\]; the batch has \['inputs'\]"):
         TASK.init(KEY, {"inputs": BATCH["inputs"]})

@@ -1,6 +1,7 @@
 """Sequence to sequence: the likelihood of a target sequence given an input sequence."""
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 
 from transfer_jax.objectives import losses
@@ -12,6 +13,11 @@ def shift_right(targets: Array, start_id: int) -> Array:
     """The decoder's inputs [B, T] under teacher forcing: ``start_id``, then all targets but one."""
     start = jnp.full_like(targets[:, :1], start_id)
     return jnp.concatenate([start, targets[:, :-1]], axis=1)
+
+
+def _check_unit(unit: str) -> None:
+    if unit not in ("sequence", "token_mean"):
+        raise ValueError(f"unit={unit!r}; choose 'sequence' or 'token_mean'.")
 
 
 class Seq2Seq(ModuleObjective):
@@ -61,12 +67,26 @@ class Seq2Seq(ModuleObjective):
         Raises:
           ValueError: an unknown unit.
         """
-        if unit not in ("sequence", "token_mean"):
-            raise ValueError(f"unit={unit!r}; choose 'sequence' or 'token_mean'.")
+        _check_unit(unit)
         nll = losses.cross_entropy(self.predict(variables, batch), batch["targets"])
-        weights = self.weights({k: v for k, v in batch.items() if k != "mask"})
+        weights = self._token_weights(batch)
         total = jnp.where(weights > 0, nll * weights, 0.0).sum(axis=1)
         return total / jnp.maximum(weights.sum(axis=1), 1.0) if unit == "token_mean" else total
+
+    def choices(self, variables: Variables, batch: Batch, *, unit: str = "sequence") -> Array:
+        """Logits [B, T, V] for the Fisher information over labels drawn from the model.
+
+        For ``trees.fisher_diagonal`` with ``kind="mc"`` or ``"argmax"``: each token is drawn given
+        the true tokens before it. Positions that do not count have no gradient; with the unit
+        ``token_mean`` gradients, not values, are divided by the number of tokens.
+        """
+        _check_unit(unit)
+        logits = self.predict(variables, batch)
+        weights = self._token_weights(batch)
+        if unit == "token_mean":
+            weights = weights / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
+        fixed = jax.lax.stop_gradient(logits)
+        return fixed + weights[..., None] * (logits - fixed)
 
     def weights(self, batch: Batch) -> Array:
         """[B, T] float32: 1 where a target token counts."""
@@ -75,6 +95,10 @@ class Seq2Seq(ModuleObjective):
         if self.count_padding or "target_lengths" not in batch:
             return mask
         return mask * (jnp.arange(length) < batch["target_lengths"][:, None])
+
+    def _token_weights(self, batch: Batch) -> Array:
+        """As ``weights``, of rows that all count."""
+        return self.weights({k: v for k, v in batch.items() if k != "mask"})
 
     def _decoder_inputs(self, batch: Batch) -> Array:
         if "targets" not in batch:
