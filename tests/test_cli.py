@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import local
 from transfer_jax import cli, configuration
 from transfer_jax.training.writers import read_metrics
 
@@ -124,10 +125,10 @@ def test_dry_run_shows_the_resolved_config_and_writes_nothing(files, capsys, for
 
 
 def test_local_launcher_shares_it(files, capsys):
-    assert cli.main_local([f"--config={files}/tiny.py:long", "--workdir=w", "--dry-run"]) == 0
+    assert local.main([f"--config={files}/tiny.py:long", "--workdir=w", "--dry-run"]) == 0
     assert "workdir: w\n" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
-        cli.main_local(["--workdir=w"])
+        local.main(["--workdir=w"])
     assert stop.value.code == 2
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import transfer_jax as tj
+from launch import gke, local, slurm, tpu_vm
 from tests import toy
 from transfer_jax import cli
 from transfer_jax.training import FitConfig, base_config
@@ -18,7 +19,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = {
     "transfer-jax": cli.main,
     "python -m transfer_jax.cli": cli.main,
-    "python -m launch.local": cli.main_local,
+    "python -m launch.local": local.main,
+    "python -m launch.slurm": slurm.main,
+    "python -m launch.tpu_vm": tpu_vm.main,
+    "python -m launch.gke": gke.main,
 }
 
 

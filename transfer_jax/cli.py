@@ -1,6 +1,6 @@
 """The command line: ``transfer-jax list | run | report | compare | merge``.
 
-``launch/local.py`` shares ``run``.
+``launch/local.py`` shares the options of ``run``.
 
 Exit codes: 0 done; 1 failed; 2 the command line is wrong; 75 stopped by SIGTERM or Ctrl-C after a
 checkpoint was saved, so that the same command resumes.
@@ -33,7 +33,7 @@ OK, FAILED, USAGE, PREEMPTED = 0, 1, 2, 75
 
 _KILL_AFTER = 10.0  # seconds that processes are given once another one of the job has failed
 
-_OVERRIDES_HELP = """\
+OVERRIDES_HELP = """\
 Any value of the config can be replaced:
   --config.optimizer.learning_rate=1e-3 --config.model.widths=64,64
 A misspelt key or a value of the wrong type is refused before anything is computed.
@@ -69,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run",
         help="run an experiment, or resume it",
         description="Runs the experiment of a config, or resumes it.",
-        epilog=_OVERRIDES_HELP,
+        epilog=OVERRIDES_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     run.add_argument("config", metavar="NAME[:VARIANT]", help="see 'list'; or path/to/config.py")
-    _add_run_options(run)
+    add_run_options(run)
     report = commands.add_parser(
         "report", help="write the report of a run", description="Writes WORKDIR/report/report.md."
     )
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _add_merge_options(merge)
 
-    arguments, overrides = _split_overrides(parser, arguments)
+    arguments, overrides = split_overrides(parser, arguments)
     options = parser.parse_args(arguments)
     if options.command == "list":
         return _guarded(options.debug, _list)
@@ -118,25 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _guarded(options.debug, lambda: _compare(options))
     if options.command == "merge":
         return _merge(options)
-    return _run(options, overrides, ["transfer-jax", "run"])
-
-
-def main_local(argv: Sequence[str] | None = None) -> int:
-    """Runs ``python -m launch.local`` and returns its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.local",
-        description="Runs the experiment of a config on this machine, or resumes it.",
-        epilog=_OVERRIDES_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE[:VARIANT]", help="config file, or a config's name"
-    )
-    _add_run_options(parser)
-    arguments, overrides = _split_overrides(parser, arguments)
-    return _run(parser.parse_args(arguments), overrides, ["python", "-m", "launch.local"])
+    return run_experiment(options, overrides, ["transfer-jax", "run"])
 
 
 def _directory(text: str) -> Path:
@@ -146,7 +128,9 @@ def _directory(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``run``, which ``launch.local`` shares."""
+
     def positive(text: str) -> int:
         value = int(text)
         if value < 1:
@@ -217,7 +201,7 @@ def _add_merge_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks of all errors")
 
 
-def _split_overrides(
+def split_overrides(
     parser: argparse.ArgumentParser, arguments: list[str]
 ) -> tuple[list[str], list[str]]:
     """Takes ``--config.key=value`` and ``--config.key value`` out of the arguments."""
@@ -241,14 +225,21 @@ def _split_overrides(
 # -- run ------------------------------------------------------------------------------------------
 
 
-def _run(options: argparse.Namespace, overrides: list[str], program: list[str]) -> int:
+def run_experiment(options: argparse.Namespace, overrides: list[str], program: list[str]) -> int:
+    """Runs what the parsed command line says and returns the exit code.
+
+    Args:
+      options: of a parser with ``add_run_options`` and ``config``.
+      overrides: ``key=value``.
+      program: how the command began, for the message that says how to resume.
+    """
     if options.devices and options.platform not in (None, "cpu"):
         _error("--devices makes virtual CPU devices; it goes with --platform=cpu only.")
         return USAGE
     if options.processes > 1 and options.distributed:
         _error("--processes starts processes itself, --distributed joins those of a cluster.")
         return USAGE
-    _set_platform(options.platform, options.devices)
+    set_platform(options.platform, options.devices)
 
     resolved: list[Any] = []
 
@@ -258,7 +249,7 @@ def _run(options: argparse.Namespace, overrides: list[str], program: list[str]) 
             sys.path.insert(0, str(spec.path.parent.absolute()))  # its recipe may lie beside it
         config = configuration.apply_overrides(configuration.load_config(options.config), overrides)
         workdir = options.workdir or Path("runs", "-".join(filter(None, spec[1:])))
-        gpus = _gpus_per_process(options) if options.processes > 1 else None
+        gpus = gpus_per_process(options.processes) if options.processes > 1 else None
         resolved.extend([config, workdir, gpus])
         return OK
 
@@ -295,7 +286,7 @@ def _run(options: argparse.Namespace, overrides: list[str], program: list[str]) 
     return code
 
 
-def _set_platform(platform: str | None, devices: int | None) -> None:
+def set_platform(platform: str | None, devices: int | None) -> None:
     """Tells JAX by environment variables, which it reads when it starts its backend."""
     if devices:
         flag = "--xla_force_host_platform_device_count"
@@ -354,7 +345,7 @@ def _dry_run(
 # -- several processes on this machine ------------------------------------------------------------
 
 
-def _gpus_per_process(options: argparse.Namespace) -> list[str] | None:
+def gpus_per_process(count: int) -> list[str] | None:
     """The CUDA_VISIBLE_DEVICES of each process, None where JAX would not use GPUs."""
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
     if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
@@ -368,10 +359,9 @@ def _gpus_per_process(options: argparse.Namespace) -> list[str] | None:
         ids = [i for i in visible.split(",") if i]
     if not ids:
         return None
-    count = options.processes
     if len(ids) % count:
         raise ConfigError(
-            f"--processes={count} does not divide the {len(ids)} GPU(s) of this machine evenly; "
+            f"{count} processes cannot share the {len(ids)} GPU(s) of this machine evenly; "
             "choose another number, or --platform=cpu."
         )
     share = len(ids) // count
