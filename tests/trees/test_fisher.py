@@ -7,6 +7,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from transfer_jax import trees
+from transfer_jax.trees import fisher
 
 N, D, K = 37, 5, 3
 RNG = np.random.default_rng(0)
@@ -534,3 +535,59 @@ def test_on_a_mesh_the_batches_share_one_program():
     traced.clear()
     trees.fisher_diagonal(logits, params, batches(4))
     assert not traced
+
+
+class TestOuterProducts:
+    """What is never formed, and that it changes no number."""
+
+    def test_dense_layers_are_found_and_others_are_not(self):
+        params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4), "v": jnp.ones((4, 5)), "s": jnp.ones(5)}
+
+        def nll(params, batch):
+            hidden = jnp.tanh(batch["inputs"] @ params["w"] + params["b"])
+            out = (hidden @ params["v"].reshape(4, 5)) * params["s"]
+            # Two rows of "w" for each example: a sum of outer products, whose square is no product.
+            return -jax.nn.log_softmax(out)[..., 0].sum(-1)
+
+        def program(shape):
+            batch = {"inputs": jnp.ones(shape)}
+            options = fisher._Options(nll, "empirical", "categorical", 1, 1)
+            keys = jax.random.split(jax.random.key(0), shape[0])
+            found = fisher._program(options, params, batch, keys)[0]
+            names = trees.paths(params)
+            return {name for name, outer in zip(names, found.outers) if outer is not None}, found
+
+        once, found = program((6, 1, 3))
+        assert once == {"w", "v"} and found.held_bytes() == 4 * (4 + 5)
+        assert program((6, 2, 3))[0] == set()
+
+    @pytest.mark.parametrize("kind", ["exact", "mc", "empirical", "label_prob"])
+    def test_an_mlp_has_the_squares_of_its_gradients(self, kind):
+        keys = jax.random.split(jax.random.key(3), 5)
+        params = {"w": jax.random.normal(keys[0], (3, 4)), "v": jax.random.normal(keys[1], (4, 5))}
+        batch = {
+            "inputs": jax.random.normal(keys[2], (7, 3)),
+            "labels": jnp.arange(7) % 5, "mask": jnp.array([1, 1, 0, 1, 1, 1, 1]),
+        }  # fmt: skip
+
+        def log_probs(params, batch):
+            out = jnp.tanh(batch["inputs"] @ params["w"]) @ params["v"]
+            out = jax.nn.log_softmax(out)
+            if kind in ("exact", "mc"):
+                return out
+            return -jnp.take_along_axis(out, batch["labels"][:, None], 1)[:, 0]
+
+        def hidden(params, batch):  # the same function, with the matrices where no one finds them
+            w, v = params["w"] * 1.0, params["v"] * 1.0
+            return log_probs({"w": w, "v": v}, batch)
+
+        options = {"kind": kind, "key": keys[4], "num_samples": 3}
+        expected = trees.fisher_diagonal(hidden, params, batch, chunk_size=1, **options)
+        for chunk_size in (1, 3, None):
+            found = trees.fisher_diagonal(
+                log_probs, params, batch, chunk_size=chunk_size, **options
+            )
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7),
+                found, expected,
+            )  # fmt: skip

@@ -29,6 +29,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from transfer_jax.trees import outer
 from transfer_jax.trees.arithmetic import add, scale, sharded_like, wide
 from transfer_jax.trees.blocks import expand
 from transfer_jax.trees.paths import Array, PyTree, check_same, map_with_path, path_str
@@ -78,9 +79,12 @@ def fisher_diagonal(
         first. Batches of one size share a compilation, and smaller ones are padded to it.
       kind: which estimator, see the module.
       num_samples: labels drawn per example, for ``mc``.
-      chunk_size: rows whose gradients are held at once. By default, for each device that the batch
-        is on, 1 on CPUs, where XLA then adds squares to the sum without storing gradients, and 32
-        on accelerators. A multiple of the number of devices keeps each row on its device.
+      chunk_size: rows whose gradients are held at once. The gradients in matrices of dense layers
+        are never held where a row goes through the layer once (see ``trees/outer.py``). By default,
+        for each device that the batch is on, as many rows as have other gradients of the size of
+        the model, up to 256; at least 1 on CPUs, where XLA then adds squares to the sum without
+        storing gradients, and 32 on accelerators. A multiple of the number of devices keeps each
+        row on its device.
       key: a typed key, for ``mc``. The i-th real example draws from ``fold_in(key, i)``.
       mask: weights [B] of the rows, 0 for padding: an array (for one batch), a function of the
         batch, or None for ``batch["mask"]`` where the batch is a mapping that has it. Padded rows
@@ -119,7 +123,9 @@ def fisher_diagonal(
     key = jax.random.key(0) if key is None else key  # Unused unless kind is "mc".
     total, weight, seen = None, jnp.float32(0), _zero_beside(params)
     for batch, weights in _batches(batches, mask):
-        chunk_size = chunk_size or _default_chunk_size(batch)
+        chunk_size = chunk_size or _default_chunk_size(
+            _Options(log_prob_or_loss, kind, likelihood, num_samples, 1), params, batch
+        )
         options = _Options(log_prob_or_loss, kind, likelihood, num_samples, chunk_size)
         squares, counted, real = _batch_squares(options, params, batch, weights, key, seen)
         total = squares if total is None else _add_to(total, squares)
@@ -147,13 +153,28 @@ def _zero_beside(params: PyTree) -> Array:
     return zero
 
 
-def _default_chunk_size(batch: Batch) -> int:
+def _default_chunk_size(options: "_Options", params: PyTree, batch: Batch) -> int:
+    """As many rows as have gradients, of those that must be formed, of the size of the model."""
     arrays = [x for x in jax.tree.leaves(batch) if isinstance(x, jax.Array)]
     devices = max(
         (len(x.sharding.device_set) for x in arrays if not isinstance(x, jax.core.Tracer)),
         default=1,
     )
-    return devices * (1 if jax.default_backend() == "cpu" else 32)
+    least = 1 if jax.default_backend() == "cpu" else 32
+    if options.kind == "batched":
+        return devices * least
+    leaves, structure = jax.tree.flatten((params, jax.tree.map(lambda x: x[:1], batch)))
+    shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+    return devices * min(max(least, _rows_of_the_size_of_params(options, structure, shapes)), 256)
+
+
+@functools.lru_cache(maxsize=16)
+def _rows_of_the_size_of_params(options: "_Options", structure: Any, shapes: tuple) -> int:
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    params, row = jax.tree.unflatten(structure, arrays)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    return size // max(_program(options, params, row, keys)[0].held_bytes(), 1)
 
 
 class _Options(NamedTuple):
@@ -264,32 +285,43 @@ def _outputs(options: _Options, params: PyTree, batch: Batch, size: int) -> Arra
     return jax.nn.log_softmax(out) if categorical else out
 
 
-def _example_squares(options: _Options, params: PyTree, row: Batch, key: Array) -> PyTree:
-    """Returns the estimate from one example; ``row`` has no batch axis."""
+def _row_gradients(
+    options: _Options, params: PyTree, rows: Batch, keys: Array, i: Array
+) -> tuple[PyTree, Array]:
+    """Returns the i-th gradient of each row, a tree of [B, ...], and its weight [B]."""
 
-    def output(p: PyTree) -> Array:
-        return _outputs(options, p, jax.tree.map(lambda x: x[None], row), 1)[0]
+    def gradient(row: Batch, key: Array) -> tuple[PyTree, Array | float]:
+        def output(p: PyTree) -> Array:
+            return _outputs(options, p, jax.tree.map(lambda x: x[None], row), 1)[0]
 
-    if options.kind == "empirical":
-        return jax.tree.map(_square, jax.grad(output)(params))
-    if options.kind == "label_prob":
-        value, gradient = jax.value_and_grad(output)(params)
-        # Log-probabilities of labels are not positive, so the sign convention does not matter.
-        return jax.tree.map(lambda g: jnp.exp(-jnp.abs(value)) * _square(g), gradient)
-    out, pull_back = jax.vjp(output, params)
-    num, score = _scores(options, out, key)
+        if options.kind == "empirical":
+            return jax.grad(output)(params), 1.0
+        if options.kind == "label_prob":
+            value, found = jax.value_and_grad(output)(params)
+            # Log-probabilities of labels are not positive, so the sign convention does not matter.
+            return found, jnp.exp(-jnp.abs(value))
+        out, pull_back = jax.vjp(output, params)
+        cotangent, weight = _scores(options, out, key)[1](i)
+        return pull_back(cotangent)[0], weight
 
-    def squares(i: Array) -> PyTree:
-        cotangent, weight = score(i)
-        return jax.tree.map(lambda g: weight * _square(g), pull_back(cotangent)[0])
+    gradients, weights = jax.vmap(gradient)(rows, keys)
+    return gradients, jnp.asarray(weights, jnp.float32)
 
-    if num == 1:
-        return squares(jnp.int32(0))
 
-    def accumulate(total: PyTree, i: Array) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, squares(i)), None
-
-    return jax.lax.scan(accumulate, _zeros(params), jnp.arange(num))[0]
+def _program(
+    options: _Options, params: PyTree, rows: Batch, keys: Array
+) -> tuple[outer.Program, int]:
+    """Returns the program of ``_row_gradients``, and how many i there are."""
+    count = 1
+    if options.kind not in ("empirical", "label_prob"):
+        first = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), rows)
+        out = jax.eval_shape(lambda p, r: _outputs(options, p, r, 1)[0], params, first)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        counts: list[int] = []
+        jax.eval_shape(lambda o, k: counts.append(_scores(options, o, k)[0]), out, key)
+        count = counts[0]
+    function = functools.partial(_row_gradients, options)
+    return outer.trace(function, params, rows, keys, jnp.int32(0)), count
 
 
 def _zeros(params: PyTree) -> PyTree:
@@ -322,13 +354,9 @@ def _batch_squares(
     def add_squares(total: PyTree, rows_and_weights: Any) -> tuple[PyTree, None]:
         (rows, index), w = rows_and_weights
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-        squares = jax.vmap(functools.partial(_example_squares, options, params))(rows, keys)
-
-        def accumulate(f: Array, x: Array) -> Array:
-            w_ = expand(w, x.ndim)
-            return f + jnp.sum(jnp.where(w_ > 0, w_ * x, 0.0), axis=0)
-
-        return jax.tree.map(accumulate, total, squares), None
+        program, count = _program(options, params, rows, keys)
+        squares = outer.sum_of_squares(program, (params, rows, keys), count, w)
+        return jax.tree.map(jnp.add, total, squares), None
 
     def add_gradient(total: PyTree, rows_and_weights: Any) -> tuple[PyTree, None]:
         (rows, _), w = rows_and_weights
