@@ -138,10 +138,29 @@ class TransformerLayer(nn.Module):
         self.drop = nn.Dropout(c.dropout)
 
     def _residual(self, x: Array, norm: nn.Module, sublayer: Callable, train: bool) -> Array:
-        y = sublayer(norm(x) if self.config.norm_first else x)
+        inputs = norm(x) if self.config.norm_first else x
+        y = sublayer(inputs)
         if train:
             y = self.drop(y, deterministic=False)
-        return x + y if self.config.norm_first else norm(x + y)
+        return self.residual(x, inputs, y, norm)
+
+    def residual(self, x: Array, inputs: Array, outputs: Array, norm: nn.Module) -> Array:
+        """Adds what a sublayer gives to the stream, and normalises after it where configured.
+
+        A method of its own so that adapters can be put in with ``flax.linen.intercept_methods``.
+
+        Args:
+          x: [B, L, H], the stream.
+          inputs: [B, L, H], what the sublayer read: ``norm(x)``, or ``x`` under post-norm.
+          outputs: [B, L, H], what it gave, after dropout.
+          norm: the sublayer's, such as ``mlp_norm``.
+
+        Returns:
+          [B, L, H].
+        """
+        del inputs
+        x = x + outputs
+        return x if self.config.norm_first else norm(x)
 
     def __call__(
         self,
@@ -182,8 +201,14 @@ class TransformerLayer(nn.Module):
             x = self._residual(x, self.cross_attention_norm, cross, train)
         return self._residual(x, self.mlp_norm, lambda x: self.mlp(x, train=train), train)
 
-    def start(self, context: Array | None) -> LayerCache:
-        """The cache before the first token: keys and values of the context, computed once."""
+    def start(self, context: Array | None, layer: Array | int = 0) -> LayerCache:
+        """The cache before the first token: keys and values of the context, computed once.
+
+        Args:
+          context: [B, S, H] for the cross-attention, or None.
+          layer: see ``__call__``.
+        """
+        del layer
         if not self.config.cross_attention:
             return LayerCache(None, None)
         if context is None:
@@ -409,7 +434,7 @@ class TransformerStack(nn.Module):
             layer: nn.Module, x: Array, cache: LayerCache | None, index: Array | int
         ) -> tuple[Array, LayerCache]:
             if cache is None:
-                cache = layer.start(context)
+                cache = layer.start(context, index)
             return layer.decode(x, index, cache, **options)
 
         if c.scan:
