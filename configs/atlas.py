@@ -62,8 +62,8 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
     if variant == "vit":
         config.model = ml_collections.ConfigDict(
             {
-                "kind": "vit", "embedding": 64, "patch_size": 2, "features": 48, "depth": 3,
-                "num_heads": 4, "expand": 2, "dtype": "float32",
+                "kind": "vit", "embedding": 64, "image_size": 8, "channels": 1, "patch_size": 2,
+                "features": 48, "depth": 3, "num_heads": 4, "expand": 2, "dtype": "float32",
             }
         )  # fmt: skip
         config.parts = ("addition",)
@@ -156,11 +156,10 @@ def _clip_vit_b32() -> ml_collections.ConfigDict:
     )  # fmt: skip
     config.model = ml_collections.ConfigDict(
         {
-            "kind": "vit", "embedding": 512, "patch_size": 32, "features": 768, "depth": 12,
-            "num_heads": 12, "expand": 4, "dtype": "bfloat16",
+            "kind": "vit", "embedding": 512, "image_size": 224, "channels": 3, "patch_size": 32,
+            "features": 768, "depth": 12, "num_heads": 12, "expand": 4, "dtype": "bfloat16",
         }
     )  # fmt: skip
-    config.image_size = 224
     config.num_vectors = 21
     config.tie = ((r"/(query|key|value)/", "/in_proj/"),)
     decay = {"weight_decay": 0.1, "clip_norm": 1.0}

@@ -5,21 +5,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transfer_jax.models import ResidualMLP, VisionTransformer
+from transfer_jax.models import ResidualMLP, VisionTransformer, ViTConfig, clip_vit_b
+from transfer_jax.nn import TransformerConfig
 from transfer_jax.trees import paths
+
+
+def tiny(**fields):
+    stack = TransformerConfig(features=8, num_layers=2, num_heads=2, init_scale=0.3, **fields)
+    return VisionTransformer(ViTConfig(
+        stack=stack, image_size=(4, 6), patch_size=2, channels=1, patch_bias=False,
+        norm_before=True, head="projection", projection=6,
+    ))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def vit():
-    model = VisionTransformer(embedding=6, patch_size=2, features=8, depth=2, num_heads=2)
+    model = tiny()
     images = jax.random.uniform(jax.random.key(0), (3, 4, 6, 1))
     return model, model.init(jax.random.key(1), images), images
 
 
 def test_the_tower_of_clip_vit_b32_has_its_number_of_parameters():
-    model = VisionTransformer(
-        embedding=512, patch_size=32, features=768, depth=12, num_heads=12, expand=4
-    )
+    model = VisionTransformer(clip_vit_b(32).image)
     shapes = jax.eval_shape(
         model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     )["params"]
@@ -46,10 +53,12 @@ def test_images_of_a_batch_do_not_see_each_other(vit):
     np.testing.assert_allclose(model.apply(variables, images), alone, atol=1e-5)
 
 
-def test_patches_that_do_not_tile_are_refused(vit):
+def test_images_and_patches_that_do_not_fit_are_refused(vit):
     model, variables, _ = vit
-    with pytest.raises(ValueError, match="patches of 2 x 2 pixels do not tile"):
-        model.apply(variables, jnp.zeros((1, 5, 6, 1)))
+    with pytest.raises(ValueError, match=r"\(1, 6, 4, 1\) were given; .* takes \[B, 4, 6, 1\]"):
+        model.apply(variables, jnp.zeros((1, 6, 4, 1)))
+    with pytest.raises(ValueError, match="patches of 16 x 16 pixels do not tile"):
+        ViTConfig(stack=model.config.stack, image_size=100)
 
 
 def test_a_residual_mlp_without_blocks_is_its_stem_norm_and_projection():
@@ -65,8 +74,8 @@ def test_a_residual_mlp_without_blocks_is_its_stem_norm_and_projection():
 
 
 def test_computation_in_bfloat16_keeps_float32_parameters():
-    model = VisionTransformer(embedding=4, features=8, depth=1, num_heads=2, dtype=jnp.bfloat16)
-    images = jnp.zeros((1, 4, 4, 1))
+    model = tiny(dtype=jnp.bfloat16)
+    images = jnp.zeros((1, 4, 6, 1))
     variables = model.init(jax.random.key(0), images)
     assert {x.dtype.name for x in jax.tree.leaves(variables)} == {"float32"}
     assert model.apply(variables, images).dtype == jnp.bfloat16

@@ -619,7 +619,7 @@ def test_the_published_setting_has_3192_coefficients_and_its_step_lowers():
     config = get_config("atlas:clip_vit_b32")
     module = atlas.encoder(config)
     assert isinstance(module, VisionTransformer)
-    size, n = config.image_size, config.num_vectors
+    size, n = config.model.image_size, config.num_vectors
     batch = {
         "inputs": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32),
         "labels": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),

@@ -19,13 +19,14 @@ import numpy as np
 
 from transfer_jax import trees
 from transfer_jax.interop.bert import BERT, ROBERTA
+from transfer_jax.interop.clip import CLIP
 from transfer_jax.interop.family import Family
 from transfer_jax.interop.layouts import Tensor
 from transfer_jax.trees.files import Checkpoint, Spec, new_directory, write_checkpoint
 
 PyTree = Any
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, ROBERTA)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, ROBERTA, CLIP)}
 
 
 class Pretrained(NamedTuple):
@@ -197,7 +198,7 @@ def read_params(
                 )
             elif index is None:
                 # A copy: a transposed view would keep the layout that the file had.
-                leaves[target] = jnp.array(np.ascontiguousarray(value), dtype)
+                leaves[target] = jnp.array(np.asarray(value, order="C"), dtype)
             else:
                 if target not in stacks:
                     stacks[target] = np.empty(expected, dtype)
@@ -271,7 +272,7 @@ def save_pretrained(
             value = leaves[target]
             parts.append(np.asarray(value if index is None else value[index]))
         value = tensors[name].layout.write(*parts)
-        return np.ascontiguousarray(value if dtype is None else value.astype(dtype))
+        return np.asarray(value if dtype is None else value.astype(dtype), order="C")
 
     def spec(tensor: Tensor) -> Spec:
         parts = []

@@ -1,6 +1,7 @@
 """Whole networks."""
 
 from transfer_jax.models.bert import Bert, BertConfig, bert_stack
+from transfer_jax.models.clip import Clip, ClipConfig, ClipText, ClipTextConfig, clip_vit_b
 from transfer_jax.models.sequence import (
     DecodeState,
     LanguageModel,
@@ -11,11 +12,16 @@ from transfer_jax.models.sequence import (
     generate,
     partition_rules,
 )
-from transfer_jax.models.vision import ResidualMLP, VisionBlock, VisionTransformer
+from transfer_jax.models.vision import ResidualMLP
+from transfer_jax.models.vit import VisionTransformer, ViTConfig, vit_stack
 
 __all__ = [
     "Bert",
     "BertConfig",
+    "Clip",
+    "ClipConfig",
+    "ClipText",
+    "ClipTextConfig",
     "DecodeState",
     "LanguageModel",
     "ResidualMLP",
@@ -23,9 +29,11 @@ __all__ = [
     "SequenceForecaster",
     "SequenceModel",
     "SequencePairClassifier",
-    "VisionBlock",
+    "ViTConfig",
     "VisionTransformer",
     "bert_stack",
+    "clip_vit_b",
     "generate",
     "partition_rules",
+    "vit_stack",
 ]

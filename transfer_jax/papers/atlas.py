@@ -34,7 +34,8 @@ from transfer_jax.data.pipeline import Pipeline
 from transfer_jax.data.registry import load
 from transfer_jax.data.sources import ArraySource, Example, Source, take
 from transfer_jax.data.splits import Subset, few_shot, labels_of
-from transfer_jax.models import ResidualMLP, VisionTransformer
+from transfer_jax.models import ResidualMLP, VisionTransformer, ViTConfig
+from transfer_jax.nn import TransformerConfig
 from transfer_jax.objectives import (
     Aux,
     Mean,
@@ -907,13 +908,34 @@ def _tagged(source: Source, task: int) -> ArraySource:
 # -- the recipe -------------------------------------------------------------------------------
 
 
+def _vit(
+    *,
+    embedding: int,
+    features: int,
+    depth: int,
+    num_heads: int,
+    expand: int,
+    dtype: str,
+    **options: Any,
+) -> VisionTransformer:
+    """A Vision Transformer like CLIP's image tower."""
+    stack = TransformerConfig(
+        features=features, num_layers=depth, num_heads=num_heads, hidden=expand * features,
+        init_scale=features**-0.5, dtype=dtype,
+    )  # fmt: skip
+    return VisionTransformer(ViTConfig(
+        stack=stack, patch_bias=False, norm_before=True, head="projection", projection=embedding,
+        **options,
+    ))  # fmt: skip
+
+
 def encoder(config: Any) -> Any:
     """Builds the image encoder of ``config.model``.
 
     Raises:
       ConfigError: an unknown kind.
     """
-    kinds = {"residual_mlp": ResidualMLP, "vit": VisionTransformer}
+    kinds: dict[str, Callable[..., Any]] = {"residual_mlp": ResidualMLP, "vit": _vit}
     options = config.model.to_dict()
     kind = options.pop("kind")
     if kind not in kinds:
