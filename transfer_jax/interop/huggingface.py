@@ -21,12 +21,15 @@ from transfer_jax import trees
 from transfer_jax.interop.bert import BERT, ROBERTA
 from transfer_jax.interop.clip import CLIP
 from transfer_jax.interop.family import Family
+from transfer_jax.interop.gpt2 import GPT2_FAMILY
 from transfer_jax.interop.layouts import Tensor
 from transfer_jax.trees.files import Checkpoint, Spec, new_directory, write_checkpoint
 
 PyTree = Any
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, ROBERTA, CLIP)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (BERT, ROBERTA, CLIP, GPT2_FAMILY)
+}
 
 
 class Pretrained(NamedTuple):

@@ -2,6 +2,7 @@
 
 from transfer_jax.models.bert import Bert, BertConfig, bert_stack
 from transfer_jax.models.clip import Clip, ClipConfig, ClipText, ClipTextConfig, clip_vit_b
+from transfer_jax.models.gpt2 import GPT2, GPT2Config, gpt2_stack
 from transfer_jax.models.sequence import (
     DecodeState,
     LanguageModel,
@@ -16,6 +17,7 @@ from transfer_jax.models.vision import ResidualMLP
 from transfer_jax.models.vit import VisionTransformer, ViTConfig, vit_stack
 
 __all__ = [
+    "GPT2",
     "Bert",
     "BertConfig",
     "Clip",
@@ -23,6 +25,7 @@ __all__ = [
     "ClipText",
     "ClipTextConfig",
     "DecodeState",
+    "GPT2Config",
     "LanguageModel",
     "ResidualMLP",
     "SequenceClassifier",
@@ -34,6 +37,7 @@ __all__ = [
     "bert_stack",
     "clip_vit_b",
     "generate",
+    "gpt2_stack",
     "partition_rules",
     "vit_stack",
 ]
