@@ -23,12 +23,13 @@ from transfer_jax.interop.clip import CLIP
 from transfer_jax.interop.family import Family
 from transfer_jax.interop.gpt2 import GPT2_FAMILY
 from transfer_jax.interop.layouts import Tensor
+from transfer_jax.interop.t5 import T5_FAMILY
 from transfer_jax.trees.files import Checkpoint, Spec, new_directory, write_checkpoint
 
 PyTree = Any
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (BERT, ROBERTA, CLIP, GPT2_FAMILY)
+    family.name: family for family in (BERT, ROBERTA, CLIP, T5_FAMILY, GPT2_FAMILY)
 }
 
 
@@ -321,7 +322,10 @@ def resize_vocabulary(
       The module and the parameters.
     """
     family = family_of(module)
-    scale = module.config.stack.init_scale
+    config = module.config
+    scale = (
+        config.embedding_scale if hasattr(config, "embedding_scale") else config.stack.init_scale
+    )
 
     def resize(kp: Any, x: jax.Array) -> jax.Array:
         path = trees.path_str(kp)
@@ -334,7 +338,7 @@ def resize_vocabulary(
         noise = scale * jax.random.normal(key, shape) if x.ndim > 1 else jnp.zeros(shape)
         return jnp.concatenate([x, (x.mean(0) + noise).astype(x.dtype)])
 
-    config = dataclasses.replace(module.config, vocab_size=vocab_size)
+    config = dataclasses.replace(config, vocab_size=vocab_size)
     return module.clone(config=config), jax.tree_util.tree_map_with_path(resize, params)
 
 

@@ -13,11 +13,13 @@ from transfer_jax.models.sequence import (
     generate,
     partition_rules,
 )
+from transfer_jax.models.t5 import T5, T5Config, t5_config
 from transfer_jax.models.vision import ResidualMLP
 from transfer_jax.models.vit import VisionTransformer, ViTConfig, vit_stack
 
 __all__ = [
     "GPT2",
+    "T5",
     "Bert",
     "BertConfig",
     "Clip",
@@ -32,6 +34,7 @@ __all__ = [
     "SequenceForecaster",
     "SequenceModel",
     "SequencePairClassifier",
+    "T5Config",
     "ViTConfig",
     "VisionTransformer",
     "bert_stack",
@@ -39,5 +42,6 @@ __all__ = [
     "generate",
     "gpt2_stack",
     "partition_rules",
+    "t5_config",
     "vit_stack",
 ]

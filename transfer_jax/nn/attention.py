@@ -73,6 +73,7 @@ class Attention(nn.Module):
       scale: of the products of queries and keys; None = 1 / sqrt(head_dim).
       dropout: rate on the attention weights; needs the [B, heads, L, S] weights in memory.
       kernel_init: of the projections.
+      query_init: of the queries' projection; None = ``kernel_init``.
       implementation: of ``jax.nn.dot_product_attention``: 'xla', 'cudnn', or None to choose by
         device and dtype, see ``attention_backend``.
       dtype: of the projections and products; the softmax runs in float32.
@@ -87,6 +88,7 @@ class Attention(nn.Module):
     scale: float | None = None
     dropout: float = 0.0
     kernel_init: Initializer = nn.linear.default_kernel_init
+    query_init: Initializer | None = None
     implementation: Implementation | None = None
     dtype: Any = None
 
@@ -98,7 +100,8 @@ class Attention(nn.Module):
             raise ValueError(f"rotary positions need an even head width, got {head[1]}")
         options: dict[str, Any] = {"use_bias": self.use_bias, "dtype": self.dtype}
         options["kernel_init"] = self.kernel_init
-        self.query = nn.DenseGeneral(head, **options)
+        query_init = self.query_init or self.kernel_init
+        self.query = nn.DenseGeneral(head, **{**options, "kernel_init": query_init})
         self.key = nn.DenseGeneral(head, **options)
         self.value = nn.DenseGeneral(head, **options)
         self.out = nn.DenseGeneral(self.features, axis=(-2, -1), **options)
@@ -201,8 +204,21 @@ class Attention(nn.Module):
     def cross(
         self, inputs: Array, key: Array, value: Array, *, lengths: Array | None = None
     ) -> Array:
-        """As the cross attention of ``__call__``, with the context's ``project`` already done."""
-        return self.out(self.attend(self.query(inputs), key, value, lengths=lengths))
+        """As the cross attention of ``__call__``, with the context's ``project`` already done.
+
+        Args:
+          inputs: [B * K, L, H]; the K rows of an example (beams) share its context.
+          key: [B, S, heads, D].
+          value: [B, S, heads, D].
+          lengths: int [B].
+
+        Returns:
+          [B * K, L, H].
+        """
+        query = self.query(inputs)
+        together = query.reshape(key.shape[0], -1, *query.shape[2:])
+        y = self.attend(together, key, value, lengths=lengths)
+        return self.out(y.reshape(query.shape))
 
     def discretise(self, mode: str | None = None) -> None:
         """No matrices to prepare for decoding; see ``S4Layer.discretise``."""
@@ -220,7 +236,7 @@ class Attention(nn.Module):
         """Outputs for a prefix or chunk [B, L, H], and the cache after it.
 
         Args:
-          inputs: [B, L, H].
+          inputs: [B, L, H]; L may be 0, for an empty cache.
           system: None.
           state: the cache before; None = an empty one of ``max_length`` (at least L) positions.
           max_length: how long the sequence will become.
@@ -234,7 +250,7 @@ class Attention(nn.Module):
             shape = (batch, max(max_length, length), *key.shape[2:])
             state = KVCache(jnp.zeros(shape, key.dtype), jnp.zeros(shape, key.dtype), jnp.int32(0))
             # Nothing before: what is still empty in the cache need not be scored.
-            y = self.attend(query, key, value, bias=bias, causal=True)
+            y = self.attend(query, key, value, bias=bias, causal=True) if length else query
             return self.out(y), self._append(state, key, value)
         state = self._append(state, key, value)
         seen = jnp.arange(state.key.shape[1]) <= start + jnp.arange(length)[:, None]

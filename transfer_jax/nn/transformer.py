@@ -44,7 +44,8 @@ class TransformerConfig:
       dropout: rate on the output of each sublayer.
       attention_dropout: rate on the attention weights.
       activation_dropout: rate inside the feed-forward layer.
-      init_scale: standard deviation of the projections' initial values.
+      init_scale: standard deviation of the projections' initial values; None = 1 / sqrt(fan-in),
+        for queries 1 / sqrt(fan-in * head_dim) (T5, whose products have no other scale).
       remat: recompute each layer in the backward pass.
       scan: one compiled layer for all, parameters stacked on a leading axis; see
         ``stack_layers``.
@@ -72,7 +73,7 @@ class TransformerConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
-    init_scale: float = 0.02
+    init_scale: float | None = 0.02
     remat: bool = False
     scan: bool = False
     implementation: Implementation | None = None
@@ -118,11 +119,16 @@ class TransformerLayer(nn.Module):
 
     def setup(self):
         c = self.config
-        init = nn.initializers.normal(c.init_scale)
+        if c.init_scale is None:
+            head_dim = c.head_dim or c.features // c.num_heads
+            init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+            query_init = nn.initializers.variance_scaling(1 / head_dim, "fan_in", "normal")
+        else:
+            init = query_init = nn.initializers.normal(c.init_scale)
         attention = functools.partial(
             Attention, c.features, c.num_heads, c.head_dim, use_bias=c.use_bias,
             scale=c.attention_scale, dropout=c.attention_dropout, kernel_init=init,
-            implementation=c.implementation, dtype=c.dtype,
+            query_init=query_init, implementation=c.implementation, dtype=c.dtype,
         )  # fmt: skip
         self.attention = attention(causal=c.causal)
         self.attention_norm = make_norm(c)
@@ -313,6 +319,25 @@ class StackState(NamedTuple):
     layers: Any
     context_lengths: Array | None
 
+    def take(self, rows: Array) -> "StackState":
+        """The state of other rows of the batch: examples repeated, beams in another order.
+
+        Args:
+          rows: int [B * K], which rows; the first K of the first example, and so on. Contexts stay
+            [B, S, ...], as all rows of an example share its context.
+        """
+        scanned = isinstance(self.layers, LayerCache)
+        axis = 1 if scanned else 0
+
+        def take(cache: LayerCache) -> LayerCache:
+            if cache.own is None:
+                return cache
+            key, value = (jnp.take(x, rows, axis=axis) for x in cache.own[:2])
+            return cache._replace(own=cache.own._replace(key=key, value=value))
+
+        layers = take(self.layers) if scanned else tuple(take(layer) for layer in self.layers)
+        return self._replace(layers=layers)
+
 
 class TransformerStack(nn.Module):
     """``num_layers`` layers and the final norm.
@@ -334,7 +359,6 @@ class TransformerStack(nn.Module):
             self.relative_bias = RelativeBias(c)
         if c.final_norm:
             self.norm = make_norm(c)
-        self.drop = nn.Dropout(c.dropout)
 
     def __call__(
         self,
@@ -402,7 +426,7 @@ class TransformerStack(nn.Module):
         """The next L positions of a causal stack.
 
         Args:
-          inputs: [B, L, H], embedded tokens.
+          inputs: [B, L, H], embedded tokens; L may be 0 at the start.
           state: after the tokens before; None at the start.
           max_length: how long the sequence will become, at least L; at the start.
           context: [B, S, H] for cross-attention; at the start.
@@ -524,5 +548,5 @@ def transformer_rules(
         (r"mlp/(up|gate)/kernel$", spec(fsdp, model)),
         (r"mlp/(up|gate)/bias$", spec(model)),
         (r"mlp/down/kernel$", spec(model, fsdp)),
-        (r"(^|/)(tokens|embedding)/embedding$", PartitionSpec(model, fsdp)),
+        (r"(^|/)(tokens|embedding|lm_head)/embedding$", PartitionSpec(model, fsdp)),
     )
