@@ -140,9 +140,7 @@ def quote(command: Sequence[str]) -> str:
 def need(program: str) -> None:
     """Raises LaunchError if a client program is not installed, and says where it comes from."""
     if shutil.which(program) is None:
-        raise LaunchError(
-            f"{program} is not installed (not found on PATH). It is {_CLIENTS[program]}."
-        )
+        raise LaunchError(f"{program} was not found on PATH. It is {_CLIENTS[program]}.")
 
 
 class Runner:

@@ -245,7 +245,11 @@ def manifest(options: argparse.Namespace, job: common.Job) -> dict[str, Any]:
             "failurePolicy": {
                 "maxRestarts": options.restarts,
                 "rules": [
-                    {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
+                    {
+                        "name": "wrongCommandLine",
+                        "action": "FailJobSet",
+                        "onJobFailureReasons": ["PodFailurePolicy"],
+                    },
                 ],
             },
             "replicatedJobs": [

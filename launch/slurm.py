@@ -30,7 +30,7 @@ export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}
 # Slurm sends SIGTERM to the processes of srun, not to this script. A process that ends without the
 # others leaves them in a collective: they are given a minute.
 status=0
-srun --wait=60 "${{command[@]}}" || status=$?
+srun --wait=60 "$@" || status=$?
 if [ "$status" -eq {preempted} ]; then
   echo "stopped with a checkpoint saved; into the queue again"
   task=${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
@@ -164,10 +164,10 @@ def script(
     commands = [quote(job.command(options.python, *flags)) for job in jobs]
     if array:
         choose = 'case "$SLURM_ARRAY_TASK_ID" in\n'
-        choose += "".join(f"  {i}) command=({c}) ;;\n" for i, c in enumerate(commands))
+        choose += "".join(f"  {i}) set -- {c} ;;\n" for i, c in enumerate(commands))
         choose += '  *) echo "no such task"; exit 2 ;;\nesac'
     else:
-        choose = f"command=({commands[0]})"
+        choose = f"set -- {commands[0]}"
     return _SCRIPT.format(
         directives="\n".join(lines), directory=quote([str(Path.cwd())]),
         root=quote([str(common.ROOT)]), prologue=prologue, choose=choose,

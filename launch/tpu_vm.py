@@ -17,11 +17,13 @@ import argparse
 import importlib.metadata
 import re
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import transfer_jax
 from launch import common
 from launch.common import LaunchError, quote
 from transfer_jax import cli
@@ -49,7 +51,7 @@ case "$1" in
     if [ -f env ]; then
       while IFS= read -r line; do
         case "$line" in [A-Za-z_]*=*) export "${{line?}}" ;; esac
-      done < env
+      done < ./env
       rm -f env
     fi
     {command}
@@ -182,6 +184,7 @@ class _Slice:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.run = common.Runner(options.dry_run)
+        self._built: tempfile.TemporaryDirectory[str] | None = None
 
     def _gcloud(self, kind: str, verb: str, *rest: str) -> list[str]:
         project = [f"--project={self.options.project}"] if self.options.project else []
@@ -251,17 +254,25 @@ class _Slice:
             "install.sh": _INSTALL.format(home=_HOME, python=version),
         }
         with common.files(self.options.dry_run, contents) as directory:
-            self.run(
-                sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps",
-                f"--wheel-dir={directory}", str(common.ROOT),
-            )  # fmt: skip
-            wheels = sorted(directory.glob("*.whl")) or [directory / "transfer_jax-VERSION.whl"]
-            # Wheels of other versions would be installed too.
-            prepare = f"mkdir -p ~/{_HOME} && rm -f ~/{_HOME}/*.whl"
-            self.run(*self.ssh(prepare, "all"))
-            self.copy(*wheels, *(directory / name for name in contents))
+            wheel = self._wheel()
+            # A wheel of another version would be installed too.
+            self.run(*self.ssh(f"mkdir -p ~/{_HOME} && rm -f ~/{_HOME}/*.whl", "all"))
+            self.copy(wheel, *(directory / name for name in contents))
             self.run(*self.ssh(f"bash ~/{_HOME}/install.sh", "all"))
         return common.OK
+
+    def _wheel(self) -> Path:
+        """The wheel of this checkout, built once: a slice that is created again gets the same."""
+        if self._built is None:
+            self._built = tempfile.TemporaryDirectory(prefix="transfer_jax-wheel-")
+            command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+            self.run(*command, f"--wheel-dir={self._built.name}", str(common.ROOT))
+        if self.options.dry_run:
+            return (
+                Path(self._built.name) / f"transfer_jax-{transfer_jax.__version__}-py3-none-any.whl"
+            )
+        (wheel,) = Path(self._built.name).glob("*.whl")
+        return wheel
 
     def start(self, job: common.Job) -> None:
         command = quote(job.command("venv/bin/python", "--distributed", "--platform=tpu"))
