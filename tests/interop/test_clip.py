@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.interop import peers
-from transfer_jax.interop import from_pretrained, save_pretrained
+from transfer_jax.interop import from_pretrained, resize_images, save_pretrained
 from transfer_jax.models import Clip, clip_vit_b
 
 IMAGES = np.array(jax.random.normal(jax.random.key(0), (3, 12, 12, 3)))
@@ -94,6 +94,18 @@ def test_scanned_layers_read_the_same_file(clip, tmp_path):
     save_pretrained(tmp_path / "scanned", scanned, stacked)
     again = from_pretrained(tmp_path / "scanned").params
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_images_of_another_size(clip):
+    _, peer, (module, params, _) = clip
+    resized, more = resize_images(module, params, (8, 16))
+    assert module.config.text == resized.config.text
+    images = IMAGES.reshape(3, 8, 18, 3)[:, :, :16]
+    found = resized.apply({"params": more}, images, method="encode_image")
+    expected = peer.get_image_features(
+        channels_first(images), interpolate_pos_encoding=True
+    ).pooler_output
+    np.testing.assert_allclose(found, expected.detach().numpy(), atol=2e-5, rtol=2e-5)
 
 
 def test_an_end_token_of_two_means_the_largest_as_in_the_first_files(clip, tmp_path):
