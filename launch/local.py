@@ -115,11 +115,14 @@ def _run_all(
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    failed = [i for i, code in codes.items() if code not in (common.OK, common.PREEMPTED)]
-    parent = str(Path(entries[0].job.workdir).parent)
+    # A run that was stopped before it had begun to listen has nothing to save.
+    stopped = (common.PREEMPTED, *([-signal.SIGTERM] if signals else []))
+    failed = [i for i, code in codes.items() if code != common.OK and code not in stopped]
+    parent = entries[0].job.workdir.rpartition("/")[0]
     done = list(codes.values()).count(common.OK)
     common.say(
-        f"{done} of {len(entries)} runs are done; to compare them: transfer-jax compare {parent}"
+        f"{done} of {len(entries)} runs are done. To compare them: "
+        f"{common.quote(['transfer-jax', 'compare', parent])}"
     )
     if failed:
         return common.FAILED

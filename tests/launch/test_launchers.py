@@ -132,7 +132,7 @@ def test_slurm_arrays_run_the_entries_of_a_sweep(fakes):
     assert "#SBATCH --array=0-2%2\n" in script
     assert "export JAX_LOCAL_DEVICE_IDS=0,1\n" in script
     commands = [shlex.split(c) for c in re.findall(r"^  \d\) set -- (.*) ;;$", script, re.M)]
-    directories = [re.fullmatch(r"--workdir=runs/a/rank=2,seed=(\d)-\w{6}", c[4]) for c in commands]
+    directories = [re.fullmatch(r"--workdir=runs/a/rank=2,seed=(\d)-\w{6}", c[5]) for c in commands]
     assert [found and found[1] for found in directories] == ["0", "1", "2"]
     assert ["--config.seed=1" in c for c in commands] == [False, True, False]
 
