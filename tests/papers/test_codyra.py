@@ -1,0 +1,446 @@
+"""CoDyRA: thresholds, gated low-rank changes, merging, label spaces, the recipe."""
+
+import json
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from transfer_jax import trees
+from transfer_jax.configuration import ConfigError, apply_overrides, get_config
+from transfer_jax.data.pipeline import Pipeline
+from transfer_jax.data.sources import ArraySource
+from transfer_jax.objectives import Variables
+from transfer_jax.objectives.contrastive import ImageTextClassification
+from transfer_jax.papers import codyra
+from transfer_jax.papers.codyra import GatedLowRank, GatePenalty, Prototypes, Thresholds, TwoTower
+from transfer_jax.training import Experiment, FitConfig, Layout, OptimizerConfig, fit, make_mesh
+from transfer_jax.training.loop import TrainState, make_step
+
+ONE = Layout(make_mesh({"data": 1}, jax.devices()[:1]))
+
+
+# -- thresholds --------------------------------------------------------------------------------
+
+
+def test_both_operators_on_a_grid():
+    k = 0.25
+    grid = jnp.array([0.0, 1.0, 1.5, 2.0, 3.0]) * k
+    for sign in (1.0, -1.0):
+        released = codyra.shrink(sign * grid, k, "released")
+        exact = codyra.shrink(sign * grid, k, "exact")
+        np.testing.assert_array_equal(released, sign * k * np.array([0, 0, 0, 1, 2.0]))
+        np.testing.assert_array_equal(exact, sign * k * np.array([0, 0, 0.5, 1, 2.0]))
+    for prox in codyra.PROX:
+        np.testing.assert_array_equal(codyra.shrink(grid, 0.0, prox), grid)
+    with pytest.raises(ValueError, match="'soft'; choose one of released, exact"):
+        codyra.shrink(grid, k, "soft")
+
+
+def test_the_exact_operator_is_the_proximal_operator():
+    w = np.random.default_rng(0).normal(size=50)
+    u = np.linspace(-4, 4, 80_001)
+    for k in (0.1, 0.7):
+        best = u[np.argmin(0.5 * (u - w[:, None]) ** 2 + k * np.abs(u), axis=1)]
+        np.testing.assert_allclose(codyra.shrink(jnp.asarray(w), k, "exact"), best, atol=1e-4)
+
+
+def test_the_published_schedule():
+    """T = 500, 50 levels: level 1 at 250, one more every 5, the last at 490; none up to 250."""
+    table = Thresholds(steps=500).table(0.005)
+    level = np.clip(1 + (np.arange(500) - 250) // 5, 0, 49)
+    expected = np.where(np.arange(500) > 250, np.linspace(0, 0.005, 50)[level], 0.0)
+    np.testing.assert_allclose(table, expected, rtol=1e-6)
+    assert table[250] == 0 < table[251] and table[489] < table[490] == pytest.approx(0.005)
+    assert Thresholds(steps=500).total(0.005) == pytest.approx(0.650, abs=5e-4)
+    with pytest.raises(ValueError, match=r"50 levels over the last 0\.5 of 60 steps"):
+        Thresholds(steps=60)
+
+
+@pytest.mark.parametrize("prox", codyra.PROX)
+def test_the_null_model_is_what_thresholds_leave_of_untrained_weights(prox):
+    thresholds = Thresholds(steps=500)
+    w = jax.random.normal(jax.random.key(0), (40_000,))
+    w, _ = jax.lax.scan(
+        lambda w, k: (codyra.shrink(w, k, prox), None), w, jnp.asarray(thresholds.table(0.005))
+    )
+    share = thresholds.null_share(0.005, prox)
+    assert float((w != 0).mean()) == pytest.approx(share, abs=0.01)
+    assert 16 * share == pytest.approx(8.2, abs=0.06)
+
+
+# -- gated low-rank changes --------------------------------------------------------------------
+
+
+class Image(nn.Module):
+    @nn.compact
+    def __call__(self, inputs, *, train=False):
+        x = nn.tanh(nn.Dense(8, name="up")(inputs.reshape(len(inputs), -1)))
+        return nn.Dense(5, name="down")(x)
+
+
+class Text(nn.Module):
+    @nn.compact
+    def __call__(self, tokens, *, lengths=None, train=False):
+        return nn.Dense(5, name="out")(nn.tanh(nn.Embed(9, 6, name="words")(tokens)).sum(axis=1))
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A two-tower model, its task, parameters and a batch."""
+    module = TwoTower(Image(), Text(), scale=5.0)
+    texts = jnp.array([[1, 2], [3, 4], [5, 6], [7, 8]], jnp.int32)
+    task = ImageTextClassification(module=module, texts=texts)
+    batch = {
+        "inputs": jax.random.uniform(jax.random.key(0), (8, 3, 3, 1)),
+        "labels": jnp.arange(8, dtype=jnp.int32) % 4,
+    }
+    return task, begin(task, jax.random.key(1), batch).params, batch
+
+
+@jax.jit
+def begin(objective, key, batch):
+    return objective.init(key, batch)
+
+
+@jax.jit
+def answer(objective, params, batch):
+    return objective.predict(Variables(params, {}), batch)
+
+
+def gated(world, **options):
+    task, params, _ = world
+    return GatedLowRank.of(task, params, "kernel", **{"rank": 3, **options})
+
+
+def some(params, seed=0):
+    """The factors with a random b, so that they change something."""
+    return trees.map_with_path(
+        lambda path, x: jax.random.normal(trees.leaf_key(jax.random.key(seed), path), x.shape)
+        if path.endswith("/b") else x, params,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trainer(world):
+    """Runs some steps of Adam from one initialisation; one compilation per kind of objective."""
+    config = FitConfig(steps=8, optimizer=OptimizerConfig(name="adam", learning_rate=0.05))
+    tx = optax.adam(0.05)
+    step = jax.jit(make_step(tx, config, ONE))
+
+    def run(objective, count):
+        variables = begin(objective, jax.random.key(2), world[2])
+        names = 6 + isinstance(objective, GatePenalty)
+        state = TrainState(
+            step=jnp.int32(0), variables=variables, opt_state=tx.init(variables.params), ema=None,
+            lr_scale=jnp.float32(1), sums=jnp.zeros((names, 2)), bad_step=jnp.int32(-1),
+            bad=jnp.zeros(names, bool),
+        )  # fmt: skip
+        for _ in range(count):
+            state, _ = step(state, objective, world[2], jax.random.key(3))
+        return state
+
+    return run
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_it_starts_at_the_base_with_the_published_initialisation(world):
+    _, base, batch = world
+    objective = gated(world)
+    params = begin(objective, jax.random.key(0), batch).params
+    equal(objective.inner_params(params), base)
+    assert jax.tree.structure(objective.inner_params(params)) == jax.tree.structure(base)
+    big = GatedLowRank.of(None, {"kernel": jnp.zeros((400, 300))}, "kernel", rank=200)
+    drawn = big.initial_params(jax.random.key(0), None)["kernel"]
+    assert jnp.abs(drawn["a"]).max() == pytest.approx(400**-0.5, rel=1e-3)
+    assert drawn["a"].std() == pytest.approx((3 * 400) ** -0.5, rel=0.01)
+    assert drawn["w"].std() == pytest.approx(1.0, abs=0.15) and not drawn["b"].any()
+
+
+def test_thresholds_of_zero_change_no_bit_and_large_ones_leave_the_base(world, trainer):
+    _, base, _ = world
+    schedule = Thresholds(steps=8, levels=4)
+    plain = gated(world)
+    none, huge = (gated(world, thresholds=schedule, largest=k) for k in (0.0, 10.0))
+    equal(trainer(none, 8).variables.params, trainer(plain, 8).variables.params)
+    ended = trainer(huge, 8).variables.params
+    assert all(not w.any() for w in codyra.gates(ended).values())
+    equal(huge.inner_params(ended), base)
+    assert all(n == 0 for n in codyra.active_ranks(ended).values())
+
+
+@pytest.mark.parametrize("prox", codyra.PROX)
+def test_the_threshold_follows_the_update_and_leaves_the_moments(world, trainer, prox):
+    schedule = Thresholds(steps=8, levels=4)  # from step 5 on: 4 + 1
+    objective = gated(world, thresholds=schedule, largest=0.9, prox=prox)
+    before, after = trainer(objective, 5), trainer(objective, 6)
+    free = trainer(gated(world, thresholds=schedule, largest=0.0, prox=prox), 6)
+    equal(before.variables.params, trainer(gated(world), 5).variables.params)
+    equal(after.opt_state, free.opt_state)
+    kappa = schedule.table(0.9)[5]
+    assert kappa == pytest.approx(0.6)
+    updated = codyra.gates(free.variables.params)
+    for path, w in codyra.gates(after.variables.params).items():
+        np.testing.assert_allclose(w, codyra.shrink(updated[path], kappa, prox), atol=1e-6)
+    factors = [
+        {p: x for p, x in zip(trees.paths(t), jax.tree.leaves(t)) if not p.endswith("/w")}
+        for t in (after.variables.params, free.variables.params)
+    ]
+    equal(*factors)
+
+
+def test_a_penalty_gives_no_exact_zeros_where_thresholds_do(world, trainer):
+    objective = GatePenalty(inner=gated(world), strength=2.0)
+    params = trainer(objective.inner, 0).variables.params
+    expected = sum(np.abs(w).sum() for w in codyra.gates(params).values())
+    assert float(objective.penalty(params)) == pytest.approx(expected, rel=1e-5)
+    slope = jax.grad(objective.penalty)(params)
+    for path, w in codyra.gates(params).items():
+        np.testing.assert_array_equal(codyra.gates(slope)[path], np.sign(w))
+    counts = codyra.active_ranks(trainer(objective, 8).variables.params)
+    assert all(n == 3 for n in counts.values())
+    schedule = Thresholds(steps=8, levels=4)
+    cut = trainer(gated(world, thresholds=schedule, largest=0.15), 8).variables.params
+    assert 0 < sum(codyra.active_ranks(cut).values()) < sum(counts.values())
+
+
+def test_both_towers_learn(world):
+    """With b = 0 the first gradient of a is exactly zero and that of b is not; then both are."""
+    _, _, batch = world
+    objective = gated(world)
+
+    @jax.jit
+    def gradient(params):
+        return jax.grad(lambda p: objective.loss(Variables(p, {}), batch, None)[0])(params)
+
+    params = begin(objective, jax.random.key(2), batch).params
+    for step in range(2):
+        grads = gradient(params)
+        leaves = dict(zip(trees.paths(grads), jax.tree.leaves(grads)))
+        assert {path.split("/")[0] for path in leaves} == {"image", "text"}
+        for path, g in leaves.items():
+            zero = path.endswith(("/a", "/w")) and step == 0
+            assert bool(jnp.any(g != 0)) != zero, (path, step)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+
+def test_merging_keeps_the_logits_the_structure_and_the_rank(world):
+    task, base, batch = world
+    objective = gated(world)
+    params = some(begin(objective, jax.random.key(0), batch).params)
+    off = trees.map_with_path(
+        lambda path, x: x.at[jnp.array([0, 2])].set(0.0)
+        if path.endswith("/w") and "up" in path else x, params,
+    )  # fmt: skip
+    counts = codyra.active_ranks(off)
+    assert counts["image/up/kernel"] == 1 and counts["image/down/kernel"] == 3
+    before = answer(objective, off, batch)
+    merged = objective.inner_params(off)
+    assert jax.tree.structure(merged) == jax.tree.structure(base)
+    assert [x.shape for x in jax.tree.leaves(merged)] == [x.shape for x in jax.tree.leaves(base)]
+    again = GatedLowRank.of(task, merged, "kernel", rank=3)
+    fresh = begin(again, jax.random.key(5), batch)
+    np.testing.assert_allclose(answer(again, fresh.params, batch), before, atol=1e-5)
+    np.testing.assert_allclose(answer(task, merged, batch), before, atol=1e-5)
+
+    change = dict(zip(trees.paths(base), jax.tree.leaves(trees.sub(merged, base))))
+    for path, count in counts.items():
+        matrix = np.asarray(change[path])
+        assert np.linalg.matrix_rank(matrix, tol=1e-5) <= count
+        node = off
+        for key in path.split("/"):
+            node = node[key]
+        bound = count**0.5 * np.prod(
+            [np.linalg.norm(m, 2) for m in (node["a"], node["w"][:, None] * node["b"])]
+        )
+        assert np.linalg.norm(matrix) <= bound * (1 + 1e-5)  # the bound on an update of rank rho
+
+    # What a pruned rank's factors hold does not matter, and they need not be kept.
+    other = trees.map_with_path(
+        lambda path, x: x.at[..., 0].set(7.0) if path.endswith("up/kernel/a") else x, off
+    )
+    np.testing.assert_array_equal(answer(objective, other, batch), before)
+    kept = codyra.prune(off)
+    assert kept["image"]["up"]["kernel"]["a"].shape == (9, 1)
+    sizes = [sum(x.size for x in jax.tree.leaves(t)) for t in (kept, off)]
+    assert sizes[0] < sizes[1]
+    restored = trees.lora_merge(base, kept)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), restored, merged)
+
+
+def test_kernels_of_every_layout_are_adapted_as_matrices():
+    """Query, key, value: fused in one matrix, with heads, or stacked by a scan over layers."""
+    rng = np.random.default_rng(0)
+    separate = {
+        name: jnp.asarray(rng.normal(size=(6, 6)), jnp.float32)
+        for name in ("key", "query", "value")
+    }
+    fused = {"in": jnp.concatenate(list(separate.values()), axis=1)}
+    heads = {"qkv": jnp.stack([w.reshape(6, 2, 3) for w in separate.values()], axis=1)}
+    stacked = {"q": jnp.stack([w.reshape(6, 2, 3) for w in separate.values()])}
+    out = {"o": jnp.stack(list(separate.values())).reshape(3, 2, 3, 6)}
+
+    def adapt(params, layout=None):
+        axes = () if layout is None else ((".", layout),)
+        return GatedLowRank.of(None, params, ".", rank=2, axes=axes)
+
+    one = adapt(separate)
+    params = some(one.initial_params(jax.random.key(0), None))
+    apart = one.inner_params(params)
+    for name, w in separate.items():
+        f = params[name]
+        expected = np.asarray(w) + np.asarray(f["a"]) @ np.diag(f["w"]) @ np.asarray(f["b"])
+        np.testing.assert_allclose(apart[name], expected, atol=1e-5)
+    together = jax.tree.map(lambda *xs: jnp.stack(xs), *params.values())
+    for tree, layout, form in (
+        (fused, "io:3", lambda ws: jnp.concatenate(ws, axis=1)),
+        (heads, "iboo", lambda ws: jnp.stack([w.reshape(6, 2, 3) for w in ws], axis=1)),
+        (stacked, "bioo", lambda ws: jnp.stack([w.reshape(6, 2, 3) for w in ws])),
+        (out, "biio", lambda ws: jnp.stack([w.reshape(2, 3, 6) for w in ws])),
+    ):
+        objective = adapt(tree, layout)
+        (leaf,) = tree
+        drawn = objective.initial_params(jax.random.key(1), None)[leaf]
+        assert [drawn[k].shape for k in ("a", "b", "w")] == [(3, 6, 2), (3, 2, 6), (3, 2)]
+        merged = objective.inner_params({leaf: together})[leaf]
+        np.testing.assert_allclose(merged, form(list(apart.values())), atol=1e-5)
+        assert codyra.active_ranks({leaf: together})[leaf].tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match=r"layout 'ioo' does not fit leaf 'in' of shape \(6, 18\)"):
+        adapt(fused, "ioo").initial_params(jax.random.key(0), None)
+    with pytest.raises(ValueError, match="need gated=True"):
+        GatedLowRank.of(None, fused, ".", gated=False, thresholds=Thresholds(steps=100))
+
+
+def test_sharding_changes_nothing(world):
+    batch = world[2]
+    source = ArraySource(jax.tree.map(np.asarray, batch))
+    data = Pipeline(source, 8, repeat=True, num_threads=0)
+    config = FitConfig(steps=6, optimizer=OptimizerConfig(name="adam", learning_rate=0.02))
+    schedule = Thresholds(steps=6, levels=3)
+    results = []
+    for mesh in ({"data": 1}, {"data": 4, "fsdp": 2}):
+        devices = jax.devices()[: math.prod(mesh.values())]
+        layout = Layout(make_mesh(mesh, devices), min_size=1)
+        objective = gated(world, thresholds=schedule, largest=0.2)
+        fitted = fit(objective, data, config, layout=layout)
+        results.append(jax.device_get((fitted.params, objective.inner_params(fitted.params))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *results)
+    w = np.concatenate([w.ravel() for w in codyra.gates(results[0][0]).values()])
+    assert (w == 0).any() and (w != 0).any()
+
+
+# -- label spaces ------------------------------------------------------------------------------
+
+
+def test_a_class_name_of_two_sets_is_two_classes_in_one_label_space(world):
+    task, params, _ = world
+    first, own = codyra.label_spaces([2, 3])
+    assert first.tolist() == [0, 2]
+    assert own.tolist() == [[1, 1, 0, 0, 0], [0, 0, 1, 1, 1]]
+    # Both sets have the class "5 6": the images of the second set's class look alike to the model.
+    texts = jnp.array([[1, 2], [5, 6], [3, 4], [5, 6], [7, 8]], jnp.int32)
+    inputs = jax.random.uniform(jax.random.key(4), (64, 3, 3, 1))
+    union = task.replace(texts=texts)
+    batch = {"inputs": inputs, "labels": jnp.full(64, 3)}
+    logits = answer(union, params, batch)
+    predicted = jnp.argmax(logits, axis=-1)
+    assert not jnp.any(predicted == 3)  # equal texts: the first of them wins
+    metrics = union.replace(candidates=jnp.asarray(own[1])).loss(Variables(params, {}), batch, None)
+    known, unknown = (
+        float(metrics[1].metrics[name].value()) for name in ("accuracy", "accuracy_all")
+    )
+    assert unknown == 0 and known == pytest.approx(
+        float((jnp.argmax(logits[:, 2:], axis=-1) == 1).mean())
+    )
+
+
+def test_texts_become_words_and_prototypes_depend_on_the_text_alone():
+    tokens, size = codyra.tokenise([["plain digit one", "digit two"], ["plain digit one"]])
+    assert size == 5 and [t.shape for t in tokens] == [(2, 3), (1, 3)]
+    assert tokens[0][1, 2] == 0 and tokens[0].min() == 0
+    vectors = Prototypes(16).apply({}, jnp.asarray(np.concatenate(tokens)))
+    np.testing.assert_array_equal(vectors[0], vectors[2])
+    assert abs(np.corrcoef(vectors[0], vectors[1])[0, 1]) < 0.8
+
+
+# -- recipe ------------------------------------------------------------------------------------
+
+TINY = [
+    "model.image.features=16", "model.image.depth=1", "model.embedding=12", "batch_size=32",
+    "model.text.features=8", "model.text.num_heads=2", "data.tasks=inverted,turned", "data.shots=2",
+    "base.steps=20", "full.steps=8", "adapt.steps=8", "joint.steps=4", "codyra.levels=4",
+    "codyra.largest=0.0,0.2", "codyra.rank=2", "lora.ranks=1,2",
+]  # fmt: skip
+
+
+def run(config, workdir):
+    experiment = Experiment(config, workdir)
+    experiment.layout = ONE
+    return json.loads(json.dumps(experiment.run()))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    config = apply_overrides(get_config("codyra:digits"), TINY)
+    workdir = tmp_path_factory.mktemp("codyra")
+    return config, workdir, run(config, workdir)
+
+
+@pytest.mark.slow
+def test_every_method_is_reported_and_trains_what_it_should(finished):
+    _, workdir, results = finished
+    table = results["tables"]["Continual learning, test accuracy"]
+    rows = {row[0]: dict(zip(table["columns"], row)) for row in table["rows"]}
+    assert list(rows) == [
+        "zero-shot", "full fine-tuning", "WiSE-FT", "LwF", "LoRA r = 1", "LoRA r = 2",
+        "gated LoRA", "CoDyRA 0.2", "L1 penalty",
+    ]  # fmt: skip
+    everything = json.loads((workdir / "stages/base/summary.json").read_text())["parameters"]
+    assert rows["full fine-tuning"]["trained"] == rows["LwF"]["trained"] == everything
+    image = [(64, 16), (16, 32), (32, 16), (16, 12)]
+    text = [(8, 8)] * 4 + [(8, 16), (16, 8)]
+    factors = sum(m + n for m, n in image + text)
+    assert rows["LoRA r = 1"]["trained"] == factors
+    assert rows["gated LoRA"]["trained"] == 2 * (factors + len(image + text))
+    assert rows["gated LoRA"]["active ranks"] == rows["L1 penalty"]["active ranks"] == 2
+    assert rows["CoDyRA 0.2"]["active ranks"] < 2
+    assert rows["zero-shot"]["drift"] == 0 < rows["CoDyRA 0.2"]["drift"]
+    ranks = results["tables"]["Active ranks of 2, largest threshold 0.2"]
+    assert len(ranks["rows"]) == len(image + text)
+    assert set(results["curves"]["Plasticity and stability"]["series"]) == {"LoRA", "CoDyRA"}
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_read_back_and_tasks_share_no_optimiser_state(finished):
+    config, workdir, results = finished
+    stage = workdir / "stages" / "codyra-0.2-1"
+    written = (stage / "metrics.jsonl").stat().st_mtime_ns
+    assert run(config, workdir) == results
+    assert (stage / "metrics.jsonl").stat().st_mtime_ns == written
+    # The second task alone, from the parameters before it: the same lines, hence fresh moments.
+    lines = (stage / "metrics.jsonl").read_text().splitlines()
+    for file in sorted(stage.rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
+    assert run(config, workdir) == results
+    again = (stage / "metrics.jsonl").read_text().splitlines()
+    losses = [[json.loads(x).get("train/loss") for x in text] for text in (lines, again)]
+    assert losses[0] == losses[1]
+
+
+def test_configs_that_cannot_run_say_why(tmp_path):
+    for override, message in (
+        ("methods=codira", "config.methods has 'codira'; there are zero_shot, full"),
+        ("data.base=plain,round", "no style 'round'"),
+        ("data.kind=letters", "config.data.kind='letters'; choose one of digits, handwriting"),
+        ("model.kind=vit", "config.model.kind='vit'; choose one of"),
+    ):
+        config = apply_overrides(get_config("codyra:digits"), [override])
+        with pytest.raises(ConfigError, match=message):
+            Experiment(config, tmp_path / override.split("=")[1].replace(",", "-")).run()
