@@ -3,6 +3,7 @@
 from transfer_jax.objectives.base import Aux, Mean, Objective, Transformed, Variables
 from transfer_jax.objectives.distil import Distilled, DistilledObjective
 from transfer_jax.objectives.penalize import LinearFloor, Penalized, PenalizedObjective
+from transfer_jax.objectives.petl import Adapted
 from transfer_jax.objectives.reparameterize import LowRank, ReparameterizedObjective, Trainable
 from transfer_jax.objectives.seq2seq import Seq2Seq
 from transfer_jax.objectives.tasks import (
@@ -15,6 +16,7 @@ from transfer_jax.objectives.tasks import (
 from transfer_jax.objectives.warm_start import WarmStart
 
 __all__ = [
+    "Adapted",
     "Aux",
     "Classification",
     "Distilled",
