@@ -38,6 +38,8 @@ def _build(config: dict[str, Any], head: str | None, options: dict[str, Any]) ->
 
 def _config(module: Bert) -> dict[str, Any]:
     c, s = module.config, module.config.stack
+    if s.window is not None:
+        raise TypeError("a Longformer")
     return {
         "model_type": "roberta" if c.roberta else "bert",
         "vocab_size": c.vocab_size,

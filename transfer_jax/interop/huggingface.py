@@ -23,6 +23,7 @@ from transfer_jax.interop.clip import CLIP
 from transfer_jax.interop.family import Family
 from transfer_jax.interop.gpt2 import GPT2_FAMILY
 from transfer_jax.interop.layouts import Tensor
+from transfer_jax.interop.longformer import LONGFORMER
 from transfer_jax.interop.t5 import T5_FAMILY
 from transfer_jax.interop.vit import DEIT, VIT
 from transfer_jax.trees.files import Checkpoint, Spec, new_directory, write_checkpoint
@@ -30,7 +31,8 @@ from transfer_jax.trees.files import Checkpoint, Spec, new_directory, write_chec
 PyTree = Any
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (BERT, ROBERTA, CLIP, T5_FAMILY, GPT2_FAMILY, VIT, DEIT)
+    family.name: family
+    for family in (BERT, ROBERTA, CLIP, T5_FAMILY, GPT2_FAMILY, VIT, DEIT, LONGFORMER)
 }
 
 

@@ -3,6 +3,7 @@
 from transfer_jax.models.bert import Bert, BertConfig, bert_stack
 from transfer_jax.models.clip import Clip, ClipConfig, ClipText, ClipTextConfig, clip_vit_b
 from transfer_jax.models.gpt2 import GPT2, GPT2Config, gpt2_stack
+from transfer_jax.models.longformer import Longformer, longformer_config, longformer_stack
 from transfer_jax.models.sequence import (
     DecodeState,
     LanguageModel,
@@ -29,6 +30,7 @@ __all__ = [
     "DecodeState",
     "GPT2Config",
     "LanguageModel",
+    "Longformer",
     "ResidualMLP",
     "SequenceClassifier",
     "SequenceForecaster",
@@ -41,6 +43,8 @@ __all__ = [
     "clip_vit_b",
     "generate",
     "gpt2_stack",
+    "longformer_config",
+    "longformer_stack",
     "partition_rules",
     "t5_config",
     "vit_stack",

@@ -142,8 +142,13 @@ class Bert(nn.Module):
         Returns:
           Features [B, L, H], or float32 logits [B, L, V] or [B, num_classes].
         """
+        return self.head(
+            self.features(inputs, lengths=lengths, token_types=token_types, train=train), train
+        )
+
+    def head(self, x: Array, train: bool = False) -> Array:
+        """What the head gives for features [B, L, H]."""
         c = self.config
-        x = self.features(inputs, lengths=lengths, token_types=token_types, train=train)
         if c.head == "masked_lm":
             activate = ACTIVATIONS["gelu" if c.roberta else c.stack.activation]
             x = self.transform_norm(activate(self.transform(x)))

@@ -5,6 +5,7 @@ from transfer_jax.nn.attention import Attention, KVCache, LinearAttention
 from transfer_jax.nn.blocks import MIXERS, FeedForward, SequenceBlock
 from transfer_jax.nn.recurrent import GRU, LSTM
 from transfer_jax.nn.s4 import SSM_PARAMETERS, S4Layer, SSMKernel
+from transfer_jax.nn.sliding_attention import SlidingAttention
 from transfer_jax.nn.transformer import (
     TransformerConfig,
     TransformerLayer,
@@ -17,6 +18,6 @@ from transfer_jax.nn.transformer import (
 __all__ = [
     "GRU", "LSTM", "MIXERS", "SSM_PARAMETERS", "AdaptiveSoftmax", "Attention", "FeedForward",
     "KVCache", "LinearAttention", "S4Layer", "SSMKernel", "SequenceBlock",
-    "TransformerConfig", "TransformerLayer", "TransformerStack", "stack_layers",
+    "SlidingAttention", "TransformerConfig", "TransformerLayer", "TransformerStack", "stack_layers",
     "transformer_rules", "unstack_layers",
 ]  # fmt: skip

@@ -1,7 +1,6 @@
 """The Transformer layer and stack that every backbone is made of."""
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from transfer_jax.nn.attention import Attention, Implementation, KVCache
 from transfer_jax.nn.blocks import FeedForward
+from transfer_jax.nn.sliding_attention import SlidingAttention
 
 Array = jax.Array
 PyTree = Any
@@ -38,6 +38,9 @@ class TransformerConfig:
       final_norm: a norm after the last layer (pre-norm stacks).
       attention_scale: of queries times keys; None = 1 / sqrt(head_dim), T5 has 1.
       causal: a decoder.
+      window: positions seen on either side, see ``SlidingAttention``; one number for all layers or
+        one for each; None = all positions.
+      max_global: room for so many global tokens per example, where there is a window.
       cross_attention: layers attend to a context as well.
       relative_buckets: relative position bias with so many buckets (T5); None = none.
       relative_distance: beyond this all distances share a bucket.
@@ -67,6 +70,8 @@ class TransformerConfig:
     final_norm: bool = True
     attention_scale: float | None = None
     causal: bool = False
+    window: int | tuple[int, ...] | None = None
+    max_global: int = 64
     cross_attention: bool = False
     relative_buckets: int | None = None
     relative_distance: int = 128
@@ -84,6 +89,17 @@ class TransformerConfig:
             raise ValueError(f"norm={self.norm!r}; choose 'layer' or 'rms'")
         if self.head_dim is None and self.features % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide features={self.features}")
+        if isinstance(self.window, tuple):
+            if len(self.window) != self.num_layers:
+                raise ValueError(f"window={self.window} is not one for each of {self.num_layers}")
+            if self.scan and len(set(self.window)) > 1:
+                raise ValueError(f"scan=True needs layers that are alike, not window={self.window}")
+
+    def layer(self, index: int) -> "TransformerConfig":
+        """The configuration of one layer."""
+        if not isinstance(self.window, tuple):
+            return self
+        return dataclasses.replace(self, window=self.window[index])
 
 
 def make_norm(config: TransformerConfig, name: str | None = None) -> nn.Module:
@@ -125,15 +141,20 @@ class TransformerLayer(nn.Module):
             query_init = nn.initializers.variance_scaling(1 / head_dim, "fan_in", "normal")
         else:
             init = query_init = nn.initializers.normal(c.init_scale)
-        attention = functools.partial(
-            Attention, c.features, c.num_heads, c.head_dim, use_bias=c.use_bias,
-            scale=c.attention_scale, dropout=c.attention_dropout, kernel_init=init,
-            query_init=query_init, implementation=c.implementation, dtype=c.dtype,
-        )  # fmt: skip
-        self.attention = attention(causal=c.causal)
+        options: dict[str, Any] = {
+            "features": c.features, "num_heads": c.num_heads, "head_dim": c.head_dim,
+            "use_bias": c.use_bias, "scale": c.attention_scale, "dropout": c.attention_dropout,
+            "kernel_init": init, "query_init": query_init, "implementation": c.implementation,
+            "dtype": c.dtype,
+        }  # fmt: skip
+        if c.window is None:
+            self.attention = Attention(causal=c.causal, **options)
+        else:
+            sliding: dict[str, Any] = {"window": c.window, "max_global": c.max_global}
+            self.attention = SlidingAttention(causal=c.causal, **options, **sliding)
         self.attention_norm = make_norm(c)
         if c.cross_attention:
-            self.cross_attention = attention()
+            self.cross_attention = Attention(**options)
             self.cross_attention_norm = make_norm(c)
         self.mlp = FeedForward(
             c.features, hidden=c.hidden, activation=c.activation, gated=c.gated,
@@ -178,6 +199,7 @@ class TransformerLayer(nn.Module):
         bias: Array | None = None,
         context: Array | None = None,
         context_lengths: Array | None = None,
+        global_mask: Array | None = None,
         train: bool = False,
     ) -> Array:
         """Maps [B, L, H] to [B, L, H].
@@ -190,12 +212,18 @@ class TransformerLayer(nn.Module):
           bias: broadcastable to [B, heads, L, L], added to the scores of the self-attention.
           context: [B, S, H] for the cross-attention.
           context_lengths: int [B], valid positions of ``context``.
+          global_mask: bool [B, L], with a window: tokens that see and are seen by all.
           train: dropout on.
         """
         del layer
+        options: dict[str, Any] = {"lengths": lengths, "mask": mask, "bias": bias, "train": train}
+        if self.config.window is not None:
+            options["global_mask"] = global_mask
+        elif global_mask is not None:
+            raise ValueError("global_mask is for layers with a window; here all tokens see all")
 
         def attend(x: Array) -> Array:
-            return self.attention(x, lengths=lengths, mask=mask, bias=bias, train=train)
+            return self.attention(x, **options)
 
         def cross(x: Array) -> Array:
             return self.cross_attention(x, context, lengths=context_lengths, train=train)
@@ -352,9 +380,9 @@ class TransformerStack(nn.Module):
     def setup(self):
         c = self.config
         if c.scan:
-            self.layers: Any = TransformerLayer(c)
+            self.layers: Any = TransformerLayer(c.layer(0))
         else:
-            self.layers = [TransformerLayer(c) for _ in range(c.num_layers)]
+            self.layers = [TransformerLayer(c.layer(i)) for i in range(c.num_layers)]
         if c.relative_buckets is not None:
             self.relative_bias = RelativeBias(c)
         if c.final_norm:
@@ -369,13 +397,15 @@ class TransformerStack(nn.Module):
         bias: Array | None = None,
         context: Array | None = None,
         context_lengths: Array | None = None,
+        global_mask: Array | None = None,
         hidden_states: bool = False,
         train: bool = False,
     ) -> Any:
         """Maps [B, L, H] to [B, L, H].
 
         Args:
-          inputs, lengths, mask, context, context_lengths, train: see ``TransformerLayer``.
+          inputs, lengths, mask, context, context_lengths, global_mask, train: see
+            ``TransformerLayer``.
           bias: see there; it replaces the relative position bias.
           hidden_states: return ``(outputs, states)`` with ``num_layers + 1`` states: the inputs,
             then what each layer gives, the last one after the final norm.
@@ -386,7 +416,7 @@ class TransformerStack(nn.Module):
             bias = self.relative_bias(positions, positions)
         given = {
             "lengths": lengths, "mask": mask, "bias": bias, "context": context,
-            "context_lengths": context_lengths, "train": train,
+            "context_lengths": context_lengths, "global_mask": global_mask, "train": train,
         }  # fmt: skip
 
         def run(layer: nn.Module, x: Array, index: Array | int) -> Array:
@@ -540,7 +570,7 @@ def transformer_rules(
     def spec(*axes: str | None) -> PartitionSpec:
         return PartitionSpec(*lead, *axes)
 
-    inside = r"attention/(query|key|value)"
+    inside = r"attention/(query|key|value)(_global)?"
     return (
         (rf"{inside}/kernel$", spec(fsdp, model, None)),
         (rf"{inside}/bias$", spec(model, None)),
