@@ -53,7 +53,6 @@ class UniPTConfig:
       weights: 'relu' (L1-normalised), or 'softmax' for the ablation.
       confidence: from 'anchor' times layer, from the 'layer' alone, or 'uniform' (ablations).
       init: of matrices: 'torch' (uniform, 1 / sqrt(fan_in)) or 'xavier'.
-      remat: recompute each layer's interaction in the backward pass.
       dtype: compute dtype; weights and confidences are float32.
     """
 
@@ -70,7 +69,6 @@ class UniPTConfig:
     weights: str = "relu"
     confidence: str = "anchor"
     init: str = "torch"
-    remat: bool = False
     dtype: Any = None
 
     def __post_init__(self):
@@ -325,7 +323,6 @@ class UniPT(nn.Module):
         shared = lengths if c.identity else None
         anchor_mean = token_mean(anchor, valid_tokens(shared, anchor.shape[1]))
         gate = linear(c.features, 1, name="gate", init=c.init)
-        interact = jax.checkpoint(_interact, static_argnums=(4,)) if c.remat else _interact
 
         merged, scores, alone = [], [], []
         for i, state in enumerate(states[:-1]):
@@ -336,7 +333,7 @@ class UniPT(nn.Module):
                 seen = attend(z, context, valid_tokens(context_lengths, context.shape[1]))
                 z = z + norm(dense(seen, c.features, f"cross_{i}"), f"cross_norm_{i}")
                 alone.append(z)
-            merged.append(interact(anchor, z, mask, positions, c))
+            merged.append(_interact(anchor, z, mask, positions, c))
             if c.confidence != "uniform":
                 mean = token_mean(z, mask)
                 scores.append(gate(anchor_mean * mean if c.confidence == "anchor" else mean)[:, 0])
