@@ -82,3 +82,27 @@ def assert_same_gradients(gradient, module, peer, target, atol=1e-4):
 
 def count(tree):
     return sum(x.size for x in jax.tree.leaves(tree) if isinstance(x, jnp.ndarray))
+
+
+def assert_generated(found, peer, tokens, mask, decoding):
+    """Compares what we generated under ``decoding`` with what ``transformers`` does."""
+    mask, pad = to_torch(mask), peer.config.pad_token_id
+    beams = decoding.num_beams > 1
+    given = {"length_penalty": decoding.length_penalty, "early_stopping": decoding.early_stopping}
+    output = peer.generate(
+        to_torch(tokens) * mask + pad * (1 - mask), attention_mask=mask, do_sample=False,
+        max_new_tokens=decoding.max_tokens, min_new_tokens=decoding.min_tokens or None,
+        eos_token_id=decoding.eos_id, pad_token_id=pad, num_beams=decoding.num_beams,
+        forced_bos_token_id=decoding.forced_bos_id, forced_eos_token_id=decoding.forced_eos_id,
+        no_repeat_ngram_size=decoding.no_repeat_ngram, return_dict_in_generate=True,
+        output_scores=True, use_cache=False, **(given if beams else {}),
+    )  # fmt: skip
+    start = 1 if peer.config.is_encoder_decoder else tokens.shape[1]
+    expected = output.sequences.numpy()[:, start:]
+    assert found.lengths.max() == expected.shape[1]
+    for row, length in enumerate(found.lengths):
+        np.testing.assert_array_equal(found.tokens[row, :length], expected[row, :length])
+        ended = found.tokens[row, length - 1] == decoding.eos_id
+        assert ended or length == decoding.max_tokens
+    if beams:
+        np.testing.assert_allclose(found.scores, output.sequences_scores.numpy(), rtol=1e-4)

@@ -8,7 +8,7 @@ from flax.linen import Module
 
 from tests.interop import peers
 from transfer_jax.interop import from_pretrained, resize_vocabulary, save_pretrained
-from transfer_jax.models import T5, t5_config
+from transfer_jax.models import T5, Decoding, generate_targets, t5_config
 from transfer_jax.objectives import Seq2Seq
 from transfer_jax.objectives.base import Variables
 
@@ -128,6 +128,7 @@ def test_t5_small_has_its_size_and_its_initial_scales():
     np.testing.assert_allclose(mlp["down"]["kernel"].std(), 200**-0.5, rtol=0.05)
 
 
+@pytest.mark.parametrize("model", ["1.1"], indirect=True)
 def test_padding_and_dropout_in_the_objective(model):
     _, peer, (module, params, _) = model
     batch = {"inputs": TOKENS, "lengths": LENGTHS, "targets": TARGET[:, 1:]}
@@ -145,6 +146,7 @@ def test_padding_and_dropout_in_the_objective(model):
     assert one == again and len({float(x) for x in (still, one, two)}) == 3
 
 
+@pytest.mark.parametrize("model", ["1.1"], indirect=True)
 def test_the_vocabulary_grows_and_shrinks(model):
     _, _, (module, params, _) = model
     larger, more = resize_vocabulary(module, params, V + 8)
@@ -163,3 +165,25 @@ def test_what_cannot_be_is_said(tmp_path):
     module = T5(t5_config(vocab_size=8, features=4, num_layers=1, gated=True, activation="gelu"))
     with pytest.raises(ValueError, match="gelu_tanh"):
         save_pretrained(tmp_path / "gelu", module, {})
+
+
+RULES = {
+    "greedy": {"eos_id": 33},
+    "beams": {"num_beams": 3, "length_penalty": 2.0, "no_repeat_ngram": 2},
+    "early": {"num_beams": 3, "length_penalty": 0.3, "early_stopping": True, "min_tokens": 3},
+    "never": {
+        "num_beams": 2, "early_stopping": "never", "forced_bos_id": 7, "forced_eos_id": 1,
+        "no_repeat_ngram": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["1.1"], indirect=True)
+@pytest.mark.parametrize("rules", RULES)
+def test_generates_the_same_tokens(model, rules):
+    directory, peer, (module, params, _) = model
+    if rules == "early":  # beams of scanned caches
+        module, params, _ = from_pretrained(directory, scan=True)
+    decoding = Decoding(**{"max_tokens": 10, "eos_id": 18, **RULES[rules]})
+    found = generate_targets(module, {"params": params}, TOKENS, decoding, lengths=LENGTHS)
+    peers.assert_generated(found, peer, TOKENS, MASK, decoding)

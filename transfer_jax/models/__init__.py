@@ -2,6 +2,12 @@
 
 from transfer_jax.models.bert import Bert, BertConfig, bert_stack
 from transfer_jax.models.clip import Clip, ClipConfig, ClipText, ClipTextConfig, clip_vit_b
+from transfer_jax.models.generation import (
+    Decoding,
+    Generated,
+    generate_continuations,
+    generate_targets,
+)
 from transfer_jax.models.gpt2 import GPT2, GPT2Config, gpt2_stack
 from transfer_jax.models.longformer import Longformer, longformer_config, longformer_stack
 from transfer_jax.models.sequence import (
@@ -28,7 +34,9 @@ __all__ = [
     "ClipText",
     "ClipTextConfig",
     "DecodeState",
+    "Decoding",
     "GPT2Config",
+    "Generated",
     "LanguageModel",
     "Longformer",
     "ResidualMLP",
@@ -42,6 +50,8 @@ __all__ = [
     "bert_stack",
     "clip_vit_b",
     "generate",
+    "generate_continuations",
+    "generate_targets",
     "gpt2_stack",
     "longformer_config",
     "longformer_stack",

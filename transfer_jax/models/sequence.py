@@ -4,7 +4,6 @@ Every model maps a batch of sequences in one call; causal ones also generate, wi
 (constant in size for S4, linear attention and recurrent networks, a KV cache for attention).
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from flax.core import FrozenDict
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from transfer_jax.models.generation import Decoding, generate_continuations
 from transfer_jax.nn import AdaptiveSoftmax, SequenceBlock
 
 Array = jax.Array
@@ -416,41 +416,6 @@ class LanguageModel(SequenceModel, kw_only=True):
         return self.logits(x), state
 
 
-def _sample(rng: Array, logits: Array, temperature: Array, greedy: bool, top_k: int | None):
-    if greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if top_k is not None:
-        smallest = lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    return jax.random.categorical(rng, logits / temperature).astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnames=("module", "max_length"))
-def _prefill(module, variables, prompt, systems, max_length):
-    return module.apply(variables, prompt, systems, max_length, method="prefill_logits")
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("module", "num_tokens", "greedy", "top_k"),
-    donate_argnames=("state",),
-)
-def _decode(module, variables, logits, state, systems, rng, temperature, num_tokens, greedy, top_k):
-    def body(carry, rng):
-        logits, state = carry
-        token = _sample(rng, logits, temperature, greedy, top_k)
-        carry = module.apply(variables, token, state, systems, method="step_logits")
-        return carry, token
-
-    (logits, state), tokens = lax.scan(body, (logits, state), jax.random.split(rng, num_tokens))
-    return jnp.moveaxis(tokens, 0, 1), logits, state
-
-
-@functools.partial(jax.jit, static_argnames=("module",))
-def _discretise(module, variables):
-    return module.apply(variables, method="discretise")
-
-
 def generate(
     module: LanguageModel,
     variables: PyTree,
@@ -462,7 +427,7 @@ def generate(
     top_k: int | None = None,
     mode: str | None = None,
 ) -> Array:
-    """Continues prompts: one pass over the prompt, then a scan over single-token steps.
+    """Continues prompts, see ``generate_continuations``.
 
     Args:
       module: a causal language model.
@@ -477,18 +442,10 @@ def generate(
     Returns:
       int32 [B, num_tokens].
     """
-    if prompt.ndim != 2 or prompt.shape[1] < 1:
-        raise ValueError(f"prompt must be [B, P] with P >= 1, got {prompt.shape}")
-    if mode is None:
-        systems = _discretise(module, variables)
-    else:  # an eigendecomposition on the host
-        systems = module.apply(variables, mode, method="discretise")
-    logits, state = _prefill(module, variables, prompt, systems, prompt.shape[1] + num_tokens)
-    greedy = temperature == 0
-    scale = jnp.float32(1.0 if greedy else temperature)
-    return _decode(
-        module, variables, logits, state, systems, rng, scale, num_tokens, greedy, top_k
-    )[0]
+    decoding = Decoding(
+        max_tokens=num_tokens, sample=temperature != 0, temperature=temperature, top_k=top_k
+    )
+    return generate_continuations(module, variables, prompt, decoding, rng=rng, mode=mode).tokens
 
 
 def partition_rules(
