@@ -1,11 +1,12 @@
 """Text metrics against the libraries' own aggregates and against counting by hand."""
 
 import collections
-import re
+import os
 
 import numpy as np
 import pytest
 
+from transfer_jax.data.reports import open_i
 from transfer_jax.metrics import text
 
 RNG = np.random.default_rng(0)
@@ -36,20 +37,30 @@ LEXICON = {"effusion": "Effusion", "effusions": "Effusion", "pleural effusion": 
            "pneumothorax": "Pneumothorax", "edema": "Edema"}  # fmt: skip
 
 
-def test_rouge_is_the_mean_of_the_bootstrap_aggregate():
+@pytest.fixture(scope="module", params=["generated", "open_i"])
+def pairs(request):
+    if request.param == "generated":
+        return PREDICTIONS, REFERENCES
+    if not os.environ.get("TRANSFER_JAX_DATA"):
+        pytest.skip("TRANSFER_JAX_DATA is not set")
+    reports = open_i()[:200]
+    return [r.findings for r in reports], [r.impression for r in reports]
+
+
+def test_rouge_is_the_mean_of_the_bootstrap_aggregate(pairs):
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.scoring import BootstrapAggregator
 
     scorer = RougeScorer(list(text.ROUGE), use_stemmer=True)
     aggregator = BootstrapAggregator(n_samples=2)
     one_by_one = collections.defaultdict(list)
-    for prediction, reference in zip(PREDICTIONS, REFERENCES):
+    for prediction, reference in zip(*pairs):
         lines = [t.replace(". ", ".\n") for t in (reference, prediction)]
         scores = scorer.score(*lines)
         aggregator.add_scores(scores)
         for name, s in scores.items():
             one_by_one[name].append(s.fmeasure)
-    got = text.rouge(PREDICTIONS, REFERENCES)
+    got = text.rouge(*pairs)
     for name, interval in aggregator.aggregate().items():
         assert got[name] == pytest.approx(np.mean(one_by_one[name]), abs=1e-6)
         assert interval.low.fmeasure - 0.05 < got[name] < interval.high.fmeasure + 0.05
@@ -63,13 +74,15 @@ def ngrams(words, n):
     return collections.Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
-def test_bleu_is_sacrebleu_and_its_precisions_are_clipped_counts():
+def test_bleu_is_sacrebleu_and_its_precisions_are_clipped_counts(pairs):
     import sacrebleu
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-    got = text.bleu(PREDICTIONS, REFERENCES)
-    peer = sacrebleu.corpus_bleu(PREDICTIONS, [REFERENCES], smooth_method="none", force=True)
+    got = text.bleu(*pairs)
+    peer = sacrebleu.corpus_bleu(pairs[0], [pairs[1]], smooth_method="none", force=True)
     assert got["bleu_4"] == pytest.approx(peer.score / 100, abs=1e-6)
-    words = [[re.findall(r"\w+|\.", t) for t in texts] for texts in (PREDICTIONS, REFERENCES)]
+    tokenise = Tokenizer13a()
+    words = [[tokenise(t).split() for t in texts] for texts in pairs]
     sizes = [sum(map(len, w)) for w in words]
     penalty = min(1.0, np.exp(1 - sizes[1] / sizes[0]))
     assert got["brevity_penalty"] == pytest.approx(penalty, abs=1e-6)
