@@ -238,32 +238,6 @@ def test_sigterm_saves_and_the_same_command_resumes(files):
     assert steps == list(range(2, 41, 2))
 
 
-@pytest.mark.slow
-def test_two_processes_stop_together_resume_and_equal_one_process(files):
-    arguments = ["run", "tiny.py:long", "--config.first.steps=40"]
-    two = [*arguments, "--workdir=two", "--processes=2", "--devices=2"]
-    first = _start(files, *two, pause=0.2)
-    metrics = files / "two/stages/first/metrics.jsonl"
-    _wait_until(lambda: read_metrics(metrics), first)
-    first.send_signal(signal.SIGTERM)
-    _, err = first.communicate(timeout=120)
-    assert first.returncode == 75, err
-    assert "[0] stage 'first' was asked to stop" in err
-    assert "--processes=2" in err.split("run the same command again")[1]
-
-    second = _start(files, *two)
-    out, err = second.communicate(timeout=120)
-    assert second.returncode == 0, err
-    assert "[0] report: " in out and "[1] report" not in out
-    assert cli.main([*arguments, "--workdir=one"]) == 0
-
-    def loss(workdir):
-        results = json.loads((files / workdir / "results.json").read_text())
-        return results["scalars"]["test_loss"]
-
-    assert loss("two") == pytest.approx(loss("one"), rel=1e-4)
-
-
 @pytest.mark.parametrize(
     "fault, code, shown",
     [

@@ -230,7 +230,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # orbax and tensorstore raise many kinds
-            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            if len(reason) > 300:  # tensorstore begins with what it did and ends with the cause
+                reason = f"{reason[:100]} … {reason[-180:]}"
             steps = self.steps()
             kept = f"The one of step {steps[-1]} is kept" if steps else "There is none yet"
             raise CheckpointError(
