@@ -136,10 +136,9 @@ def _digits() -> ml_collections.ConfigDict:
 def _clip_vit_b32() -> ml_collections.ConfigDict:
     """Section 4 and 5 on CLIP ViT-B/32 with 21 task vectors (the target's own is left out).
 
-    Only data: running it needs CLIP's weights and text embeddings, for which the Transformer
-    backbones that read such weights come first, and the 22 data sets. The encoder has the tower's
-    shapes; query, key and value, one matrix in CLIP, share coefficients, so that there are
-    21 x 152 = 3,192.
+    Only data: running it needs CLIP's weights (``interop.from_pretrained`` reads them) and text
+    embeddings, and the 22 data sets. The encoder is the image tower; query, key and value, one
+    matrix in CLIP, share coefficients, so that there are 21 x 152 = 3,192.
     """
     config = base_config("atlas")
     config.parts = ("addition", "few_shot")

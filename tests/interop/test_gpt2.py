@@ -7,7 +7,7 @@ import pytest
 
 from tests.interop import peers
 from transfer_jax.interop import from_pretrained, save_pretrained
-from transfer_jax.models import generate
+from transfer_jax.models import GPT2, GPT2Config, generate, gpt2_stack
 
 V, L = 40, 9
 TOKENS = np.array(jax.random.randint(jax.random.key(0), (2, L), 0, V))
@@ -81,3 +81,10 @@ def test_the_bare_model_reads_the_file_of_either(gpt2, tmp_path):
     assert "GPT2Model" in (tmp_path / "bare" / "config.json").read_text()
     again = from_pretrained(tmp_path / "bare", architecture=NAME).params
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_the_published_small_model_has_its_number_of_parameters():
+    module = GPT2(GPT2Config(vocab_size=50_257, stack=gpt2_stack(scan=True)))
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), tokens)
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == 124_439_808

@@ -7,6 +7,7 @@ import pytest
 
 from tests.interop import peers
 from transfer_jax.interop import from_pretrained, save_pretrained
+from transfer_jax.models import Longformer, longformer_config, longformer_stack
 
 V, L = 40, 19
 TOKENS = np.array(jax.random.randint(jax.random.key(0), (2, L), 4, V))
@@ -100,3 +101,10 @@ def test_classification_reads_the_first_token_which_is_global(tmp_path):
     save_pretrained(tmp_path / "scanned", scanned, stacked)
     again = from_pretrained(tmp_path / "scanned").params
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_the_published_base_model_has_its_number_of_parameters():
+    module = Longformer(longformer_config(stack=longformer_stack(scan=True), pooler=True))
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), tokens)
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == 148_659_456

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.interop import peers
-from transfer_jax.interop import from_pretrained, resize_images, save_pretrained
+from transfer_jax.interop import from_pretrained, resize_images, resize_vocabulary, save_pretrained
+from transfer_jax.models import VisionTransformer, ViTConfig, vit_stack
 from transfer_jax.trees.files import Checkpoint
 
 IMAGES = np.array(jax.random.normal(jax.random.key(0), (2, 12, 12, 3)))
@@ -91,6 +92,8 @@ def test_images_of_another_size(vit):
     np.testing.assert_allclose(
         resized.apply({"params": more}, images), expected.detach().numpy(), atol=2e-5
     )
+    with pytest.raises(ValueError, match="no vocabulary"):
+        resize_vocabulary(module, params, 10)
     same, equal = resize_images(module, params, 12)
     assert same == module
     np.testing.assert_array_equal(equal["positions"], params["positions"])
@@ -109,3 +112,12 @@ def test_the_bare_model_and_its_pooler(kind, tmp_path):
     head = f"{kind}ForImageClassification"
     fresh = from_pretrained(tmp_path / "model", architecture=head, fresh=("^classifier",)).fresh
     assert fresh == ("classifier/bias", "classifier/kernel")
+
+
+@pytest.mark.parametrize("distilled, count", [(False, 86_567_656), (True, 87_338_192)])
+def test_the_published_base_models_have_their_number_of_parameters(distilled, count):
+    head = "distilled" if distilled else "classification"
+    config = ViTConfig(stack=vit_stack(scan=True), distillation_token=distilled, head=head)
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    shapes = jax.eval_shape(VisionTransformer(config).init, jax.random.key(0), images)
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == count

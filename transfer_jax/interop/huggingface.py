@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transfer_jax import trees
+from transfer_jax.interop.bart import BART, MBART
 from transfer_jax.interop.bert import BERT, ROBERTA
 from transfer_jax.interop.clip import CLIP
 from transfer_jax.interop.family import Family
@@ -32,7 +33,7 @@ PyTree = Any
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (BERT, ROBERTA, CLIP, T5_FAMILY, GPT2_FAMILY, VIT, DEIT, LONGFORMER)
+    for family in (BERT, ROBERTA, CLIP, T5_FAMILY, BART, MBART, GPT2_FAMILY, VIT, DEIT, LONGFORMER)
 }
 
 
@@ -323,8 +324,15 @@ def resize_vocabulary(
 
     Returns:
       The module and the parameters.
+
+    Raises:
+      ValueError: the family has no vocabulary, or (CLIP) one that must stay.
     """
     family = family_of(module)
+    if not family.vocabulary:
+        raise ValueError(
+            f"models of the family {family.name!r} have no vocabulary that can be changed."
+        )
     config = module.config
     scale = (
         config.embedding_scale if hasattr(config, "embedding_scale") else config.stack.init_scale
