@@ -131,28 +131,6 @@ def test_scales_start_with_a_sum_of_two_and_only_the_ablations_keep_one():
         af.scale_shape("unifrom", 1, 1, 1)
 
 
-@pytest.mark.parametrize("variant", af.VARIANTS)
-def test_dropout_is_of_the_parameters(variant):
-    w, rate = jnp.abs(scales(variant)) + 0.1, 0.3
-    dropped = af.drop_scales(jax.random.key(0), w, rate, SITES)
-    assert dropped.shape == (SITES, *w.shape[1:])  # no axis of examples: they share the mask
-    kept = np.asarray(dropped) != 0
-    np.testing.assert_allclose(dropped, np.where(kept, everywhere(w) / 0.7, 0), rtol=1e-6)
-    keys = jax.random.split(jax.random.key(1), 4000)
-    many = jax.vmap(lambda key: af.drop_scales(key, w, rate, SITES))(keys)
-    many = np.asarray(many)
-    np.testing.assert_allclose(many.mean(axis=0), everywhere(w), rtol=0.06)
-    masks = many != 0
-    assert np.any(masks[:, 0] != masks[:, 1])  # each site has its own
-    if w.shape[-1] == 1:  # a source is dropped as a whole: its output is scaled or gone
-        alone = jnp.zeros_like(w).at[:, 1].set(1.0)
-        sums = combined(BANK, af.drop_scales(jax.random.key(2), alone, rate, SITES), V)
-        for site in range(SITES):
-            expected = plain(ADAPTERS[1], V, site) / 0.7
-            gone = not np.any(sums[site])
-            assert gone or np.allclose(sums[site], expected, atol=1e-4)
-
-
 @pytest.mark.parametrize("shared, own", [("scalearn++", "scalearn"), ("uniform++", "uniform")])
 def test_the_gradient_of_shared_scales_is_the_sum_over_sites(shared, own):
     w = scales(shared)
@@ -231,8 +209,8 @@ def test_fusion_starts_near_the_mean_and_its_penalty_at_zero():
     doubled = jax.tree.map(lambda x: 2 * x, identity)
     assert float(af.fusion_penalty(doubled)) == SITES * FEATURES
     assert float(af.fusion_penalty(af.init_fusion(jax.random.key(0), 3, 6, value=False))) == 0
-    dropped = af.fused(bank, at, V, rate=0.5, key=jax.random.key(1))
-    assert np.any(dropped != af.fused(bank, at, V))
+    zeros = af.fusion_weights(outputs, at, V, dropout=lambda scores: 0 * scores)
+    np.testing.assert_allclose(zeros, 1 / SOURCES)  # dropout is before the softmax
 
 
 # -- averages and counts ------------------------------------------------------------------------

@@ -36,6 +36,14 @@ def macro_f1(predictions: ArrayLike, labels: ArrayLike) -> float:
     return float(f1_score(labels, predictions, average="macro", zero_division=0))
 
 
+def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """F1 of class 1 among classes 0 and 1, [N] and [N]; 0 where it is neither predicted nor there."""
+    from sklearn.metrics import f1_score
+
+    predictions, labels = _pair(predictions, labels, (1,))
+    return float(f1_score(labels, predictions, zero_division=0))
+
+
 def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
     """Pearson's correlation of scores [N] and [N]; 0 where either is constant."""
     from scipy.stats import pearsonr

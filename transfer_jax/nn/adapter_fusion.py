@@ -6,17 +6,23 @@ any residual. A *bank* holds n of them, stacked on the axis before the last two 
 the last) axes: [n, d, r] at one site, [L, n, d, r] over the L sites of a backbone. Only
 ``average_adapters`` and ``fold`` leave that form: they return one adapter.
 
+In a network, ``Sources`` puts a bank where an adapter would be.
+
 ScaLearn (Frohmann et al. 2024) learns one array of *scales* [1 or L, n, 1 or d], without softmax
 and without any constraint; ``o = u + sum_s w_s * e_s``. AdapterFusion (Pfeiffer et al. 2021)
 attends over the sources instead.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from transfer_jax.nn import petl
+from transfer_jax.nn.petl import Dropout, Site
 
 Array = jax.Array
 PyTree = Any
@@ -158,25 +164,6 @@ def normalise_scales(scales: Array, normalisation: str = "none") -> Array:
     return jax.nn.softmax(scales, axis=-2) if normalisation == "softmax" else scales
 
 
-def drop_scales(key: Array, scales: Array, rate: float, sites: int) -> Array:
-    """Dropout of the parameters: entries become 0 or are divided by ``1 - rate``.
-
-    One mask for every site, shared by all examples and positions. Scales that the sites share are
-    dropped at each site anew; a uniform scale is dropped with its whole source.
-
-    Args:
-      key: a typed key.
-      scales: [1 or L, n, 1 or d].
-      rate: probability of 0.
-      sites: L.
-
-    Returns:
-      [L, n, 1 or d].
-    """
-    kept = jax.random.bernoulli(key, 1.0 - rate, (sites, *scales.shape[1:]))
-    return jnp.where(kept, scales / (1.0 - rate), 0.0)
-
-
 def scaled_sum(bank: PyTree, scales: Array, v: Array) -> Array:
     """``sum_s w_s * e_s`` at one site, without the [..., n, d] outputs.
 
@@ -251,9 +238,7 @@ def init_fusion(
     return fusion
 
 
-def fused(
-    bank: PyTree, fusion: PyTree, v: Array, *, rate: float = 0.0, key: Array | None = None
-) -> Array:
+def fused(bank: PyTree, fusion: PyTree, v: Array, dropout: Dropout = lambda x: x) -> Array:
     """``sum_s a_s e_s W_v`` with ``a = softmax_s(dropout((v W_q + b_q) . (e_s W_k + b_k)))``.
 
     Scores are not divided by sqrt(d). The [..., n, d] outputs are keys and values, so memory grows
@@ -263,21 +248,20 @@ def fused(
       bank: of one site, n adapters.
       fusion: of one site, see ``init_fusion``; without "value" the outputs themselves are averaged.
       v: [..., d].
-      rate: of the dropout on the scores.
-      key: of the dropout; None = none.
+      dropout: applied to the scores.
 
     Returns:
       [..., d].
     """
     outputs = source_outputs(bank, v)
-    weights = fusion_weights(outputs, fusion, v, rate=rate, key=key)
+    weights = fusion_weights(outputs, fusion, v, dropout)
     if "value" in fusion:
         outputs = outputs @ _like(fusion["value"]["kernel"], v)
     return jnp.einsum("...n,...nd->...d", weights, outputs)
 
 
 def fusion_weights(
-    outputs: Array, fusion: PyTree, v: Array, *, rate: float = 0.0, key: Array | None = None
+    outputs: Array, fusion: PyTree, v: Array, dropout: Dropout = lambda x: x
 ) -> Array:
     """The weights a of ``fused``: [..., n] of outputs [..., n, d] and v [..., d]."""
 
@@ -285,9 +269,7 @@ def fusion_weights(
         return x @ _like(fusion[name]["kernel"], v) + _like(fusion[name]["bias"], v)
 
     scores = jnp.einsum("...d,...nd->...n", project("query", v), project("key", outputs))
-    if key is not None and rate:
-        kept = jax.random.bernoulli(key, 1.0 - rate, scores.shape)
-        scores = jnp.where(kept, scores / (1.0 - rate), 0.0)
+    scores = dropout(scores)
     return jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype)
 
 
@@ -326,6 +308,70 @@ def soup_weights(similarity: Array, top: int = 5) -> Array:
 def average_adapters(bank: PyTree, weights: Array) -> PyTree:
     """One adapter [L, ...] whose weights are averages over the bank [L, n, ...] by ``weights``."""
     return jax.tree.map(lambda x: jnp.einsum("ln...,n->l...", x, weights), bank)
+
+
+# -- at the sites of a network ----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sources(petl.Delta):
+    """Several frozen adapters at every site of a network, and what combines them.
+
+    A part of a method (see ``petl``), with the fields of the part whose adapters are combined. At
+    a site it has ``{"bank": [n, ...], "scales": [n, 1 or d]}`` or ``{"bank", "fusion"}``; what
+    they are is not drawn here, see ``spread``.
+
+    ``dropout`` is on the scales themselves, entries of which become 0 or are divided by 1 - rate:
+    one mask per site and forward pass, whatever the examples and positions, and for uniform scales
+    of whole sources. For AdapterFusion it is on the scores.
+    """
+
+    def draw(self, key: Array, site: Site) -> PyTree:
+        """Nothing."""
+        del key, site
+        return {}
+
+    def delta(self, params: PyTree, z: Array, dropout: Dropout = lambda x: x) -> Array:
+        """The combined change [..., d] of z [..., d]."""
+        if "fusion" in params:
+            return fused(params["bank"], params["fusion"], z, dropout)
+        return scaled_sum(params["bank"], dropout(params["scales"]), z)
+
+
+def count_sites(sites: Sequence[Site]) -> int:
+    """Returns L: a scanned stack counts once for each of its layers."""
+    return sum(site.layers or 1 for site in sites)
+
+
+def gather(tree: PyTree, sites: Sequence[Site]) -> PyTree:
+    """Stacks what a part has at its sites: nested dictionaries by path to leaves [L, ...].
+
+    Args:
+      tree: of one part, as ``petl.init`` lays it out.
+      sites: in their order in the network, see ``petl.find_sites``.
+    """
+    parts = []
+    for site in sites:
+        node = tree
+        for key in site.path.split("/"):
+            node = node[key]
+        parts.append(node if site.layers else jax.tree.map(lambda x: x[None], node))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def spread(stacked: PyTree, sites: Sequence[Site]) -> PyTree:
+    """The inverse of ``gather``: leaves [L, ...] to the layout in which ``petl.adapted`` reads."""
+    tree: dict[str, Any] = {}
+    start = 0
+    for site in sites:
+        at = slice(start, start + site.layers) if site.layers else start
+        start += site.layers or 1
+        *parents, last = site.path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = jax.tree.map(lambda x, at=at: x[at], stacked)
+    return tree
 
 
 # -- counts -----------------------------------------------------------------------------------
