@@ -137,6 +137,14 @@ def quote(command: Sequence[str]) -> str:
     return shlex.join(command)
 
 
+def here_document(text: str) -> str:
+    """The end of a command line that gives it ``text`` (whole lines) on its standard input."""
+    end = "EOF"
+    while end in text.splitlines():  # else the text would end there, and the rest would be run
+        end += "_"
+    return f" <<'{end}'\n{text}{end}"
+
+
 def need(program: str) -> None:
     """Raises LaunchError if a client program is not installed, and says where it comes from."""
     if shutil.which(program) is None:
@@ -162,7 +170,7 @@ class Runner:
     def code(self, *command: str, input: str | None = None) -> int:
         """Runs a command and returns its exit code; 0 in a dry run."""
         if self.dry_run:
-            print(quote(command) + (f" <<'EOF'\n{input}EOF" if input is not None else ""))
+            print(quote(command) + ("" if input is None else here_document(input)))
             return OK
         need(command[0])
         say(f"$ {quote(command)}")

@@ -327,8 +327,9 @@ def constraints() -> str:
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     job = common.resolve_packaged(options.config, options.workdir, overrides)
-    if options.env_file is not None and not options.env_file.is_file():
-        raise LaunchError(f"there is no file {options.env_file} (--env_file).")
+    secret = options.env_file
+    if secret is not None and not secret.is_file() and not options.dry_run:
+        raise LaunchError(f"there is no file {secret} (--env_file).")
     tpu = _Slice(options)
     if options.watch:
         return _watch(tpu, job)

@@ -130,7 +130,10 @@ class Fakes:
             },
         )  # fmt: skip
 
+    def calls_file(self):
+        return self.home / "calls"
+
     def calls(self):
         """(program, arguments, standard input) of every call, in order."""
-        file = self.home / "calls"
+        file = self.calls_file()
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

@@ -117,6 +117,15 @@ def test_slurm_submits_a_script_that_runs_exactly_these_arguments(fakes):
         f"--config.recipe={HOSTILE}", "--distributed", "--platform=gpu",
     ]  # fmt: skip
     assert (fakes.home / "scontrol").read_text() == "requeue 7\n"
+
+    # What a dry run prints is safe to paste, too.
+    fakes.calls_file().unlink()
+    planned = fakes.launch(
+        "slurm", "--config=quickstart", "--workdir=runs/a", f"--config.recipe={HOSTILE}",
+        "--nodes=2", "--gpus_per_node=4", "--time=1:00:00", "--partition=gpu", "--dry_run",
+    )  # fmt: skip
+    subprocess.run(["bash"], input=planned.stdout, text=True, env=environment, cwd=fakes.home)
+    assert fakes.calls() == [["sbatch", [], script]]
     assert not list(fakes.home.rglob("pwned"))
 
 
