@@ -182,8 +182,8 @@ def test_prefixes_of_the_training_network_are_those_of_the_formula():
     assert set(folded["prefix"]["decoder"]["layers_1"]) == {"attention", "cross_attention"}
     assert petl.count(method, added) == petl.count(plain, folded) == 2 * 3 * 8 * 2 * 3
     net = added["prefix"]["decoder"]["layers_each"]["cross_attention"]
-    hidden = jnp.tanh(net["embedding"] @ net["down"]["kernel"] + net["down"]["bias"])
-    flat = hidden @ net["up"]["kernel"].reshape(16, -1) + net["up"]["bias"].reshape(-1)
+    hidden = jnp.tanh(net["embedding"] @ net["hidden"]["kernel"] + net["hidden"]["bias"])
+    flat = hidden @ net["output"]["kernel"].reshape(16, -1) + net["output"]["bias"].reshape(-1)
     made = flat.reshape(3, 4, 2, 4)  # [l, 2 j], [l, 2 j + 1]: key and value of layer j
     cross = folded["prefix"]["decoder"]["layers_1"]["cross_attention"]
     close(cross["key"], made[:, 2], 1e-6)
@@ -194,7 +194,7 @@ def test_prefixes_of_the_training_network_are_those_of_the_formula():
     own = petl.init(
         method, jax.random.key(3), functools.partial(forward, model=scanned), params
     )["prefix"]  # fmt: skip
-    assert own["decoder"]["layers"]["attention"]["up"]["kernel"].shape == (16, 2, 2, 2, 4)
+    assert own["decoder"]["layers"]["attention"]["output"]["kernel"].shape == (16, 2, 2, 2, 4)
     made = petl.fold(method, {"prefix": own})[1]["prefix"]
     jax.tree.map(lambda x: close(x.shape[:2], (2, 3)), made)
 

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from transfer_jax import trees
 from transfer_jax.nn.transformer import TransformerLayer, TransformerStack
@@ -256,7 +257,7 @@ class Prompt:
 
     name: str = "prompt"
     length: int = 20
-    where: tuple[str, ...] = (r"^(encoder/)?embedding_norm$",)
+    where: tuple[str, ...] = (r"^(encoder_)?embedding_norm$",)
     context: bool = False
 
     def draw(self, key: Array, site: Site) -> PyTree:
@@ -438,9 +439,9 @@ def prompt(length: int = 20, *, context: bool = False) -> Method:
     return (Prompt(length=length, context=context),)
 
 
-def bitfit() -> Method:
+def bitfit(where: str = r"bias$") -> Method:
     """All biases, those of the norms too, and nothing else (Ben Zaken et al. 2022)."""
-    return (Unfrozen(where=(r"bias$",)),)
+    return full(where)
 
 
 def full(where: str | tuple[str, ...] = "") -> Method:
@@ -539,14 +540,14 @@ def _draw_part(part: Delta | Prompt, key: Array, sites: list[Site]) -> PyTree:
             groups.setdefault(_group(site), []).append(site)
         for path, members in groups.items():
             count = len(members) if members[0].layers is None else members[0].layers
-            _put(tree, path, _draw_mlp(part, trees.leaf_key(key, path), members[0], count))
+            put(tree, path, _draw_mlp(part, trees.leaf_key(key, path), members[0], count))
         return tree
     for site in sites:
         drawn = [
             part.draw(trees.leaf_key(key, f"{part.name}/{path}"), site) for path in site.unrolled()
         ]
         leaves = drawn[0] if site.layers is None else jax.tree.map(lambda *x: jnp.stack(x), *drawn)
-        _put(tree, site.path, leaves)
+        put(tree, site.path, leaves)
     return tree
 
 
@@ -564,11 +565,11 @@ def _draw_mlp(part: Delta, key: Array, site: Site, layers: int) -> PyTree:
     outputs = (layers, 2, *site.outputs)
     return {
         "embedding": jax.random.normal(keys[0], (part.bottleneck, d)),
-        "down": {
+        "hidden": {
             "kernel": _uniform(keys[1], (d, hidden), d),
             "bias": _uniform(keys[2], (hidden,), d),
         },
-        "up": {
+        "output": {
             "kernel": _uniform(keys[3], (hidden, *outputs), hidden),
             "bias": _uniform(keys[4], outputs, hidden),
         },
@@ -589,7 +590,7 @@ def fold(method: Method, added: PyTree) -> tuple[Method, PyTree]:
     for part in method:
         if isinstance(part, Delta) and part.mlp is not None:
             tree: dict[str, Any] = {}
-            for path, params in _find(added[part.name], "embedding").items():
+            for path, params in find(added[part.name], "embedding").items():
                 _put_prefixes(tree, path, _prefixes(params))
             folded[part.name] = tree
             part = dataclasses.replace(part, mlp=None)
@@ -599,17 +600,17 @@ def fold(method: Method, added: PyTree) -> tuple[Method, PyTree]:
 
 def _prefixes(params: PyTree) -> Array:
     """[L, 2, l, heads, D]."""
-    hidden = jnp.tanh(params["embedding"] @ params["down"]["kernel"] + params["down"]["bias"])
-    made = jnp.tensordot(hidden, params["up"]["kernel"], 1) + params["up"]["bias"]
+    hidden = jnp.tanh(params["embedding"] @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    made = jnp.tensordot(hidden, params["output"]["kernel"], 1) + params["output"]["bias"]
     return jnp.moveaxis(made, 0, 2)
 
 
 def _put_prefixes(tree: dict[str, Any], path: str, made: Array) -> None:
     if "_each" not in path:
-        _put(tree, path, {"key": made[:, 0], "value": made[:, 1]})
+        put(tree, path, {"key": made[:, 0], "value": made[:, 1]})
         return
     for i, (key, value) in enumerate(made):
-        _put(tree, path.replace("_each", f"_{i}"), {"key": key, "value": value})
+        put(tree, path.replace("_each", f"_{i}"), {"key": key, "value": value})
 
 
 def merge(method: Method, added: PyTree, params: PyTree, *, undo: bool = False) -> PyTree:
@@ -639,7 +640,7 @@ def merge(method: Method, added: PyTree, params: PyTree, *, undo: bool = False) 
 
 
 def _merge_factors(part: Delta, tree: PyTree, params: PyTree, sign: float) -> PyTree:
-    pairs = {f"{path}/kernel": site for path, site in _find(tree, "kernel").items()}
+    pairs = {f"{path}/kernel": site for path, site in find(tree, "kernel").items()}
 
     def delta(site: PyTree) -> Array:
         s = site["scale"] if part.scale is None else part.scale
@@ -666,6 +667,32 @@ def count(method: Method, added: PyTree) -> int:
         math.prod(x.shape) for path, x in zip(trees.paths(shapes), jax.tree.leaves(shapes))
         if not path.endswith(("bias", "scale"))
     )  # fmt: skip
+
+
+def petl_rules(
+    model: str = "model", *, scan: bool = False
+) -> tuple[tuple[str, PartitionSpec], ...]:
+    """Partition rules of the added parameters, to be put before those of the network.
+
+    Bottlenecks are split over ``model``, as the hidden units beside them, and prefixes by heads, as
+    the attention. LoRA's factors have no rule of their own.
+
+    Args:
+      model: mesh axis of heads and hidden units.
+      scan: the layers' parameters have a leading layer axis.
+    """
+    lead = (None,) if scan else ()
+
+    def spec(*axes: str | None) -> PartitionSpec:
+        return PartitionSpec(*lead, *axes)
+
+    return (
+        (r"added/.*/down/kernel$", spec(None, model)),
+        (r"added/.*/down/bias$", spec(model)),
+        (r"added/.*/up/kernel$", spec(model)),
+        (r"added/.*/(attention|cross_attention)/(key|value)$", spec(None, model)),
+        (r"added/.*/(bias|scale)$", PartitionSpec()),
+    )
 
 
 # -- interception -----------------------------------------------------------------------------
@@ -1002,20 +1029,21 @@ def _uniform(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
-def _put(tree: dict[str, Any], path: str, value: PyTree) -> None:
+def put(tree: dict[str, Any], path: str, value: PyTree) -> None:
+    """Puts a node into nested dictionaries, in place."""
     *parents, last = path.split("/")
     for key in parents:
         tree = tree.setdefault(key, {})
     tree[last] = value
 
 
-def _find(tree: PyTree, key: str, path: str = "") -> dict[str, PyTree]:
-    """All nodes that have ``key``, by path."""
+def find(tree: PyTree, key: str, path: str = "") -> dict[str, PyTree]:
+    """The nodes of nested dictionaries that have ``key``, by path."""
     if not isinstance(tree, dict):
         return {}
     if key in tree:
         return {path: tree}
     found: dict[str, PyTree] = {}
     for name, child in tree.items():
-        found |= _find(child, key, f"{path}/{name}" if path else name)
+        found |= find(child, key, f"{path}/{name}" if path else name)
     return found

@@ -1,0 +1,159 @@
+"""Parameter-efficient transfer in one table."""
+
+from typing import Any
+
+import ml_collections
+
+from transfer_jax.training import base_config, fit_config
+
+VARIANTS = {
+    "markov": "generated sentences and their translation, a small encoder; minutes on two cores",
+    "mnli": "RoBERTa-base on MNLI with the mix-and-match adapter, as data: shapes and schedules",
+    "mnli_large": "the same with RoBERTa-large",
+    "sst2": "RoBERTa-base on SST-2",
+    "xsum": "BART-large on XSum",
+    "en_ro": "mBART-large-cc25 on WMT16 English to Romanian",
+}
+
+MNLI, SST2 = 392_702, 67_349
+
+
+def get_config(variant: str = "markov") -> ml_collections.ConfigDict:
+    return {
+        "markov": _markov,
+        "mnli": lambda: _glue(MNLI, 3),
+        "mnli_large": lambda: _glue(MNLI, 3, features=1024, num_layers=24, num_heads=16),
+        "sst2": lambda: _glue(SST2, 2),
+        "xsum": _xsum,
+        "en_ro": _en_ro,
+    }[variant]()
+
+
+def _method(name: str, rates: tuple[float, float], **options: Any) -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict({"method": name, "options": options, "learning_rates": rates})
+
+
+def _markov() -> ml_collections.ConfigDict:
+    config = base_config("unified_petl")
+    config.task = "markov"
+    config.batch_size = 48
+    config.eval_batch_size = 500
+    config.data = ml_collections.ConfigDict(
+        {
+            "vocabulary": 64, "length": 12, "concentration": 0.08, "hidden": 0.3,
+            "source": 16_000, "target": 8_000, "held_out": 1_000,
+        }
+    )  # fmt: skip
+    config.model = ml_collections.ConfigDict(
+        {
+            "features": 64, "num_layers": 4, "num_heads": 4, "hidden": 256, "dropout": 0.0,
+            "attention_dropout": 0.0, "init_scale": 0.1, "scan": True,
+        }
+    )  # fmt: skip
+    config.pretrain = fit_config(
+        steps=800,
+        optimizer={
+            "name": "adam", "learning_rate": 2e-3, "warmup_steps": 100,
+        },
+    )  # fmt: skip
+    config.transfer = fit_config(steps=300, optimizer={"name": "adam", "schedule": "linear"})
+    adapters, whole, few = (1e-2, 2e-2), (1e-3, 3e-3), (1e-2, 3e-2)
+    config.methods = ml_collections.ConfigDict(
+        {
+            "full": _method("full", whole, where="^stack/"),
+            "ffn_parallel": _method("parallel_ffn", adapters, bottleneck=32),
+            "ffn_parallel_scaled": _method("parallel_ffn", adapters, bottleneck=32, scale=4.0),
+            "mam": _method("mam", adapters, prefix=8, bottleneck=24, scale=4.0),
+            "lora": _method("lora", adapters, rank=16, dropout=0.0),
+            "ffn_sequential": _method("sequential_ffn", adapters, bottleneck=32),
+            "prefix": _method("prefix", adapters, length=32),
+            "prompt": _method("prompt", few, length=20),
+            "bitfit": _method("bitfit", few, where=r"^stack/.*bias$"),
+            "ffn_parallel_wide": _method("parallel_ffn", adapters, bottleneck=128),
+            "ffn_sequential_wide": _method("sequential_ffn", adapters, bottleneck=128),
+        }
+    )
+    return config
+
+
+# -- published settings ---------------------------------------------------------------------------
+
+
+def _full_scale(task: str) -> ml_collections.ConfigDict:
+    """bfloat16 arithmetic on a mesh that splits heads and hidden units over ``model``."""
+    from transfer_jax.nn import petl, transformer_rules
+
+    config = base_config("unified_petl")
+    config.task = task
+    rules = (*petl.petl_rules(scan=True), *transformer_rules(scan=True))
+    # The published vocabularies are odd numbers: the embeddings are split by features alone.
+    config.sharding.rules = (
+        (r"tokens/embedding$", (None, "fsdp")),
+        *((pattern, tuple(spec)) for pattern, spec in rules),
+    )
+    return config
+
+
+def _glue(examples: int, classes: int, **stack: int) -> ml_collections.ConfigDict:
+    """RoBERTa, bottlenecks of 16 (section 5). The released script freezes the drawn head too."""
+    config = _full_scale("classify")
+    config.batch_size, config.length = 32, 512
+    config.model = ml_collections.ConfigDict(
+        {
+            "kind": "bert", "vocab_size": 50_265, "max_positions": 514, "position_offset": 2,
+            "token_types": 1, "roberta": True, "head": "classification", "num_classes": classes,
+            "stack": {"norm_eps": 1e-5, **stack},
+        }
+    )  # fmt: skip
+    config.method = ml_collections.ConfigDict(
+        {"method": "mam", "options": {"prefix": 16, "bottleneck": 16, "scale": 2.0, "mlp": 800}}
+    )
+    config.train_head, config.head = False, "^(pooler|classifier)/"
+    steps = 10 * (examples // 32)
+    optimizer = {
+        "learning_rate": 1e-4, "schedule": "linear", "warmup_steps": steps * 6 // 100, "b2": 0.98,
+        "eps": 1e-6, "weight_decay": 0.1, "clip_norm": 1.0,
+    }  # fmt: skip
+    config.train = fit_config(steps=steps, optimizer=optimizer)
+    return config
+
+
+def _generation(vocab_size: int, **stack: bool) -> ml_collections.ConfigDict:
+    config = _full_scale("generate")
+    config.model = ml_collections.ConfigDict(
+        {
+            "kind": "bart", "vocab_size": vocab_size,
+            "stack": {
+                "features": 1024, "num_layers": 12, "num_heads": 16, "hidden": 4096, **stack,
+            },
+        }
+    )  # fmt: skip
+    config.method = ml_collections.ConfigDict(
+        {"method": "mam", "options": {"prefix": 30, "bottleneck": 512, "scale": 4.0, "mlp": 800}}
+    )
+    config.train_head, config.head = False, ""
+    config.label_smoothing = 0.1
+    return config
+
+
+def _xsum() -> ml_collections.ConfigDict:
+    config = _generation(50_265)
+    config.batch_size, config.length, config.target_length, config.start_id = 64, 512, 128, 2
+    optimizer = {
+        "learning_rate": 5e-5, "schedule": "linear", "weight_decay": 0.01, "clip_norm": 0.1
+    }  # fmt: skip
+    config.train = fit_config(steps=100_000, accumulate=4, optimizer=optimizer)
+    return config
+
+
+def _en_ro() -> ml_collections.ConfigDict:
+    """Batches of about 16,384 tokens."""
+    config = _generation(250_027, norm_first=True, final_norm=True)
+    config.model.scale_embeddings = True
+    config.batch_size, config.length, config.target_length, config.start_id = 112, 150, 150, 250_020
+    optimizer = {
+        "learning_rate": 5e-5, "schedule": "linear", "b2": 0.98, "eps": 1e-6,
+        "weight_decay": 0.01, "clip_norm": 1.0,
+    }  # fmt: skip
+    config.train = fit_config(steps=50_000, accumulate=4, optimizer=optimizer)
+    return config
