@@ -14,6 +14,7 @@ import csv
 import dataclasses
 import functools
 import gzip
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -208,7 +209,7 @@ def definition_order(paths: Sequence[str]) -> list[str]:
         layer = re.search(r"layers_(\d+)", path)
         rank = next((i for i, r in enumerate(ranks) if re.search(r, path)), len(ranks))
         # The table of relative positions belongs to the first layer, the last norm to none.
-        depth = int(layer[1]) if layer else (0 if "relative_bias" in path else len(paths))
+        depth = float(layer[1]) if layer else (0.0 if "relative_bias" in path else math.inf)
         return depth, rank, path
 
     return sorted(paths, key=position)
@@ -745,20 +746,17 @@ def fisher_on_digits(exp: Experiment) -> None:
 
     def run(kind: str, strength: float, step: str) -> list[list[float]] | None:
         """Accuracies [after task, on task], or None if training diverged."""
-        name = f"{kind}-{strength:g}-{step}"
+        name = f"{kind}-{strength:g}-{step}".replace("+", "")
         params, matrix, state = first, [first_row], None
         for t in range(1, cfg.tasks):
-            if kind != "none":
-                latest = (
-                    jax.tree.map(jnp.ones_like, params) if kind == "l2"
-                    else exp.artifact(f"fisher-{name}-{t - 1}", lambda: fisher(kind, params, t - 1))  # noqa: B023
-                )  # fmt: skip
-                state = (
-                    Consolidated((params,), (latest,)) if kind == "l2"
-                    else trees.consolidate(
-                        state, params, latest, mode=cfg.fisher.mode, decay=cfg.fisher.decay
-                    )
-                )  # fmt: skip
+            if kind == "l2":
+                state = Consolidated((params,), (jax.tree.map(jnp.ones_like, params),))
+            elif kind != "none":
+                compute = functools.partial(fisher, kind, params, t - 1)
+                latest = exp.artifact(f"fisher-{name}-{t - 1}", compute)
+                state = trees.consolidate(
+                    state, params, latest, mode=cfg.fisher.mode, decay=cfg.fisher.decay
+                )
             start = WarmStart(inner=task, params=params)
             objective = consolidating(start, state, strength, step)
             try:
