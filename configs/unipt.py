@@ -55,7 +55,7 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
     config.target = _fit(300, 1e-3)
     config.rates = ml_collections.ConfigDict(
         {
-            "probe": 1e-2, "scalar_mix": 1e-2, "unipt": 3e-3, "lst": 3e-3, "lst_matched": 3e-3,
+            "probe": 1e-2, "scalar_mix": 1e-2, "unipt": 1e-2, "lst": 1e-2, "lst_matched": 1e-2,
             "lora": 3e-3, "adapters": 3e-3, "bitfit": 3e-3, "partial": 1e-3, "full": 1e-3,
         }
     )  # fmt: skip
