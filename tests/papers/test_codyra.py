@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import types
 
 import flax.linen as nn
 import jax
@@ -14,11 +16,16 @@ from transfer_jax import trees
 from transfer_jax.configuration import ConfigError, apply_overrides, get_config
 from transfer_jax.data.pipeline import Pipeline
 from transfer_jax.data.sources import ArraySource
+from transfer_jax.interop import save_pretrained
+from transfer_jax.models.clip import Clip, ClipConfig, ClipTextConfig
+from transfer_jax.models.vit import ViTConfig
+from transfer_jax.nn.transformer import TransformerConfig, stack_layers
 from transfer_jax.objectives import Variables
-from transfer_jax.objectives.contrastive import ImageTextClassification
+from transfer_jax.objectives.contrastive import ImageTextClassification, ZeroShotClassification
 from transfer_jax.papers import codyra
 from transfer_jax.papers.codyra import GatedLowRank, GatePenalty, Prototypes, Thresholds, TwoTower
 from transfer_jax.training import Experiment, FitConfig, Layout, OptimizerConfig, fit, make_mesh
+from transfer_jax.training.aot import lower_step
 from transfer_jax.training.loop import TrainState, make_step
 
 ONE = Layout(make_mesh({"data": 1}, jax.devices()[:1]))
@@ -347,18 +354,17 @@ def test_a_class_name_of_two_sets_is_two_classes_in_one_label_space(world):
     # Both sets have the class "5 6": the images of the second set's class look alike to the model.
     texts = jnp.array([[1, 2], [5, 6], [3, 4], [5, 6], [7, 8]], jnp.int32)
     inputs = jax.random.uniform(jax.random.key(4), (64, 3, 3, 1))
-    union = task.replace(texts=texts)
+    features = task.replace(texts=texts).text_features(Variables(params, {}))
+    union = ZeroShotClassification(
+        module=task.module, features=features, candidates=jnp.asarray(own[1])
+    )
     batch = {"inputs": inputs, "labels": jnp.full(64, 3)}
     logits = answer(union, params, batch)
-    predicted = jnp.argmax(logits, axis=-1)
-    assert not jnp.any(predicted == 3)  # equal texts: the first of them wins
-    metrics = union.replace(candidates=jnp.asarray(own[1])).loss(Variables(params, {}), batch, None)
-    known, unknown = (
-        float(metrics[1].metrics[name].value()) for name in ("accuracy", "accuracy_all")
-    )
-    assert unknown == 0 and known == pytest.approx(
-        float((jnp.argmax(logits[:, 2:], axis=-1) == 1).mean())
-    )
+    assert not jnp.any(jnp.argmax(logits, axis=-1) == 3)  # equal texts: the first of them wins
+    metrics = union.loss(Variables(params, {}), batch, None)[1].metrics
+    assert float(metrics["accuracy_all"].value()) == 0
+    among = float((jnp.argmax(logits[:, 2:], axis=-1) == 1).mean())
+    assert float(metrics["accuracy"].value()) == pytest.approx(among) and among > 0
 
 
 def test_texts_become_words_and_prototypes_depend_on_the_text_alone():
@@ -373,10 +379,11 @@ def test_texts_become_words_and_prototypes_depend_on_the_text_alone():
 # -- recipe ------------------------------------------------------------------------------------
 
 TINY = [
-    "model.image.features=16", "model.image.depth=1", "model.embedding=12", "batch_size=32",
-    "model.text.features=8", "model.text.num_heads=2", "data.tasks=inverted,turned", "data.shots=2",
+    "model.kind=prototypes", "adapted.text=", "model.image.features=16", "model.image.depth=1",
+    "model.embedding=12", "batch_size=32", "data.tasks=inverted,turned", "data.shots=2",
     "base.steps=20", "full.steps=8", "adapt.steps=8", "joint.steps=4", "codyra.levels=4",
-    "codyra.largest=0.0,0.2", "codyra.rank=2", "lora.ranks=1,2",
+    "codyra.largest=0.2", "codyra.rank=2", "lora.ranks=1", "keep_models=true",
+    "methods=zero_shot,wise_ft,lwf,lora,codyra",
 ]  # fmt: skip
 
 
@@ -398,40 +405,182 @@ def test_every_method_is_reported_and_trains_what_it_should(finished):
     _, workdir, results = finished
     table = results["tables"]["Continual learning, test accuracy"]
     rows = {row[0]: dict(zip(table["columns"], row)) for row in table["rows"]}
-    assert list(rows) == [
-        "zero-shot", "full fine-tuning", "WiSE-FT", "LwF", "LoRA r = 1", "LoRA r = 2",
-        "gated LoRA", "CoDyRA 0.2", "L1 penalty",
-    ]  # fmt: skip
+    assert list(rows) == ["zero-shot", "WiSE-FT", "LwF", "LoRA r = 1", "CoDyRA 0.2"]
     everything = json.loads((workdir / "stages/base/summary.json").read_text())["parameters"]
-    assert rows["full fine-tuning"]["trained"] == rows["LwF"]["trained"] == everything
-    image = [(64, 16), (16, 32), (32, 16), (16, 12)]
-    text = [(8, 8)] * 4 + [(8, 16), (16, 8)]
-    factors = sum(m + n for m, n in image + text)
+    assert rows["WiSE-FT"]["trained"] == rows["LwF"]["trained"] == everything
+    matrices = [(64, 16), (16, 32), (32, 16), (16, 12)]
+    factors = sum(m + n for m, n in matrices)
     assert rows["LoRA r = 1"]["trained"] == factors
-    assert rows["gated LoRA"]["trained"] == 2 * (factors + len(image + text))
-    assert rows["gated LoRA"]["active ranks"] == rows["L1 penalty"]["active ranks"] == 2
+    assert rows["CoDyRA 0.2"]["trained"] == 2 * (factors + len(matrices))
     assert rows["CoDyRA 0.2"]["active ranks"] < 2
     assert rows["zero-shot"]["drift"] == 0 < rows["CoDyRA 0.2"]["drift"]
     ranks = results["tables"]["Active ranks of 2, largest threshold 0.2"]
-    assert len(ranks["rows"]) == len(image + text)
+    assert len(ranks["rows"]) == len(matrices)
     assert set(results["curves"]["Plasticity and stability"]["series"]) == {"LoRA", "CoDyRA"}
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_read_back_and_tasks_share_no_optimiser_state(finished):
+def test_a_resumed_run_gives_the_same_and_tasks_share_no_optimiser_state(finished):
     config, workdir, results = finished
-    stage = workdir / "stages" / "codyra-0.2-1"
-    written = (stage / "metrics.jsonl").stat().st_mtime_ns
+    stages = workdir / "stages"
+    before = (stages / "base/metrics.jsonl").stat().st_mtime_ns
+    # The second task alone, from the stored model before it: fresh moments, hence the same end.
+    shutil.rmtree(stages / "codyra-0.2-1")
+    shutil.rmtree(workdir / "artifacts" / "codyra-0.2-1-model")
     assert run(config, workdir) == results
-    assert (stage / "metrics.jsonl").stat().st_mtime_ns == written
-    # The second task alone, from the parameters before it: the same lines, hence fresh moments.
-    lines = (stage / "metrics.jsonl").read_text().splitlines()
-    for file in sorted(stage.rglob("*"), reverse=True):
-        file.rmdir() if file.is_dir() else file.unlink()
-    assert run(config, workdir) == results
-    again = (stage / "metrics.jsonl").read_text().splitlines()
-    losses = [[json.loads(x).get("train/loss") for x in text] for text in (lines, again)]
-    assert losses[0] == losses[1]
+    assert (stages / "base/metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_the_toy_clip_has_the_matrices_that_its_config_adapts():
+    config = get_config("codyra:digits")
+    module, _, tokens = codyra.make_model(config, [["plain digit one", "plain digit two"]])
+    task = ImageTextClassification(module=module, texts=jnp.asarray(tokens[0]))
+    batch = {"inputs": jnp.zeros((1, 8, 8, 1)), "labels": jnp.zeros(1, jnp.int32)}
+    params = jax.eval_shape(lambda b: task.init(jax.random.key(0), b), batch).params
+    adapted = codyra.gated_low_rank(
+        config, task, params, rank=8, placement="all", gated=True, largest=0.1, prox="exact",
+        steps=200,
+    )  # fmt: skip
+    shapes = jax.eval_shape(lambda o, b: o.init(jax.random.key(0), b), adapted, batch).params
+    image = [(64, 96), (96, 192), (192, 96)] + [(96, 192), (192, 96)] * 2 + [(96, 64)]
+    text = [(32, 32)] * 4 + [(32, 64), (64, 32)]
+    sizes = [math.prod(x.shape) for x in jax.tree.leaves(shapes)]
+    assert sum(sizes) == 8 * sum(m + n + 1 for m, n in image + text)
+    for placement, count in (("image", len(image)), ("text", len(text))):
+        part = codyra.gated_low_rank(
+            config, task, params, rank=8, placement=placement, gated=False, largest=0.0,
+            prox="exact", steps=200,
+        )  # fmt: skip
+        shapes = jax.eval_shape(lambda o, b: o.init(jax.random.key(0), b), part, batch).params
+        assert len(jax.tree.leaves(shapes)) == 2 * count
+
+
+# -- CLIP at full scale ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["xtail", "mtil"])
+def test_the_published_setting_has_the_published_size_and_lowers(variant):
+    config = get_config(f"codyra:{variant}")
+    objective, batch, fit = codyra.plan(config)
+    layout = Layout(make_mesh({"data": 4, "fsdp": 2}))
+    lowered, arrays = lower_step(objective, batch, fit, layout)
+    factors = [
+        x.size for p, x in zip(trees.paths(arrays["params"]), jax.tree.leaves(arrays["params"]))
+    ]
+    # 12 layers of 4 attention and 2 MLP matrices of two towers: factors of rank 16, and gates.
+    assert sum(factors) == 4_425_984
+    sizes = [math.prod(x.shape) for x in jax.tree.leaves(objective.base)]
+    assert sum(sizes) == 149_620_737  # CLIP's own; what is deployed has no more
+    assert "sdy.mesh" in lowered.as_text() or "mhlo.num_partitions = 8" in lowered.as_text()
+    a = arrays["params"]["image"]["stack"]["layers"]["mlp"]["up"]["kernel"]
+    assert a["a"].sharding.shard_shape(a["a"].shape) == (12, 384, 16)  # follows the input axis
+    assert a["b"].sharding.shard_shape(a["b"].shape) == (12, 16, 1536)  # the output axis
+    assert a["w"].sharding.shard_shape(a["w"].shape) == (12, 16)
+
+
+class Prepared(list):
+    """Stands for a data set that TensorFlow Datasets has prepared."""
+
+    def __init__(self, examples, names):
+        super().__init__(examples)
+        label = types.SimpleNamespace(names=names)
+        self.dataset_info = types.SimpleNamespace(features={"label": label})
+
+
+def test_published_sets_are_drawn_once_and_seen_as_clip_sees_them(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = [0, 0, 0, 0, 1, 1, 1, 2]
+
+    def source(name, split, directory):
+        assert directory is None
+        rows = labels if split == "train" else labels[:2]
+        images = rng.integers(0, 256, (len(rows), 12, 9, 3), np.uint8)
+        examples = [{"image": x, "label": y} for x, y in zip(images, rows)]
+        return Prepared(examples, ["a_b", "c", "d"])
+
+    monkeypatch.setattr(codyra, "tfds_source", source)
+    config = apply_overrides(get_config("codyra:mtil"), ["data.shots=2", "model.image_size=6"])
+    with config.unlocked():
+        config.data.sets = (("First", "first", 3, "a photo of a {}.", "train", "test"),)
+    stream = codyra._published(Experiment(config, tmp_path))
+    (task,) = stream.tasks
+    assert task.prompts == ("a photo of a a b.", "a photo of a c.", "a photo of a d.")
+    assert sorted(int(task.train[i]["labels"]) for i in range(len(task.train))) == [0, 0, 1, 1, 2]
+    drawn = (tmp_path / "artifacts" / "shots-First.json").read_text()
+    assert len(set(json.loads(drawn))) == 5 and len(task.test) == 2
+    example = task.train[0]["inputs"]
+    assert example.shape == (6, 6, 3) and example.dtype == np.float32
+
+    flat = np.full((12, 9, 1), 128, np.uint8)
+    assert np.all(codyra.clip_image(flat, 6) == 128)
+    wide = np.zeros((6, 10, 3), np.uint8)
+    wide[:, 2:8] = 255  # the centre of 6 x 10 is 6 x 6
+    assert np.all(codyra.clip_image(wide, 6) == 255)
+    with config.unlocked():
+        config.data.sets = (("First", "first", 4, "{}", "train", "test"),)
+    with pytest.raises(ConfigError, match="'first' has 3 classes, not 4"):
+        codyra._published(Experiment(config, tmp_path / "b"))
+
+
+@pytest.mark.slow
+def test_a_pretrained_clip_learns_a_stream_of_prepared_sets(tmp_path, monkeypatch):
+    """The recipe of the published configs on a small CLIP in Hugging Face's files."""
+    tokenizers = pytest.importorskip("tokenizers")
+    stack = {"features": 8, "num_layers": 2, "num_heads": 2, "activation": "quick_gelu"}
+    module = Clip(
+        ClipConfig(
+            image=ViTConfig(
+                stack=TransformerConfig(**stack), image_size=6, patch_size=3, patch_bias=False,
+                norm_before=True, head="projection", projection=4,
+            ),
+            text=ClipTextConfig(
+                vocab_size=9, stack=TransformerConfig(**stack, causal=True), projection=4,
+            ),
+        )
+    )  # fmt: skip
+    tokens = jnp.ones((1, 3), jnp.int32)
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 6, 6, 3)), tokens)["params"]
+    save_pretrained(tmp_path / "clip", module, params)
+    words = {"[UNK]": 0, "a": 1, "photo": 2, "of": 3, "c": 4, "d": 5, ".": 6, "<end>": 8}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A <end>", special_tokens=[("<end>", 8)]
+    )
+    backend.save(str(tmp_path / "clip" / "tokenizer.json"))
+
+    def source(name, split, directory):
+        images = np.random.default_rng(0).integers(0, 256, (16, 6, 6, 3), np.uint8)
+        examples = [{"image": x, "label": i % 2} for i, x in enumerate(images)]
+        return Prepared(examples, ["c", "d"])
+
+    monkeypatch.setattr(codyra, "tfds_source", source)
+    overrides = [
+        f"model.path={tmp_path / 'clip'}", "model.image_size=6", "batch_size=8",
+        "eval_batch_size=16", "adapt.steps=8", "codyra.levels=4", "codyra.rank=2", "text_chunk=0",
+        "model.remat=false", "model.dtype=float32",
+    ]  # fmt: skip
+    config = apply_overrides(get_config("codyra:xtail"), overrides)
+    with config.unlocked():
+        entry = (2, "a photo of a {}.", "train", "test")
+        config.data.sets = (("First", "first", *entry), ("Second", "second", *entry))
+    exp = Experiment(config, tmp_path / "run")
+    exp.layout = ONE
+    lab = codyra.Laboratory.of(exp)
+    before = lab.model.params
+    assert trees.paths(before) == trees.paths(stack_layers(params))
+    assert lab.model.tokens[0].tolist() == [[1, 2, 3, 1, 4, 6, 8], [1, 2, 3, 1, 5, 6, 8]]
+    learn = lab.low_rank(rank=2, placement="all", largest=0.3)
+    learned = learn("second", 1, before)
+    assert len(learned.ranks) == 2 * 6 * 2  # towers, matrices, layers
+    assert "image/stack/layers/mlp/up/kernel[1]" in learned.ranks
+    assert 0 < sum(learned.ranks.values()) < 2 * len(learned.ranks)
+    changed = trees.sub(learned.params, before)
+    moved = {p for p, x in zip(trees.paths(changed), jax.tree.leaves(changed)) if np.any(x)}
+    assert moved <= {path.split("[")[0] for path in learned.ranks}
+    assert {path.split("/")[0] for path in moved} == {"image", "text"}
+    own, union = lab.scores(learned.params)
+    assert own[0] == own[1] >= union[0] and union[1] == 0  # the two sets are the same
 
 
 def test_configs_that_cannot_run_say_why(tmp_path):

@@ -34,10 +34,13 @@ from transfer_jax.configuration import ConfigError
 from transfer_jax.data.paths import require
 from transfer_jax.data.pipeline import Pipeline
 from transfer_jax.data.registry import load
-from transfer_jax.data.sources import ArraySource, Source, take
-from transfer_jax.data.splits import few_shot
+from transfer_jax.data.sources import ArraySource, CachedSource, Example, Source, take
+from transfer_jax.data.splits import Concatenation, Mapped, Subset, few_shot
+from transfer_jax.data.tfds import tfds_source
+from transfer_jax.interop import from_pretrained, load_tokenizer
 from transfer_jax.metrics import continual
 from transfer_jax.models import ResidualMLP, SequenceClassifier
+from transfer_jax.models.clip import Clip, clip_vit_b
 from transfer_jax.objectives import (
     Distilled,
     Objective,
@@ -46,7 +49,7 @@ from transfer_jax.objectives import (
     Variables,
     WarmStart,
 )
-from transfer_jax.objectives.contrastive import ImageTextClassification
+from transfer_jax.objectives.contrastive import ImageTextClassification, ZeroShotClassification
 from transfer_jax.training import Experiment, FitConfig
 from transfer_jax.training.config import from_dict
 from transfer_jax.trees.paths import leaf_key, map_with_path, path_str
@@ -403,32 +406,61 @@ class Prototypes(nn.Module):
         return jax.vmap(draw)(tokens)
 
 
-def make_model(config: Any, vocab_size: int, length: int) -> nn.Module:
-    """Builds ``config.model``.
+class Model(NamedTuple):
+    """A model and how it reads texts.
+
+    Attributes:
+      module: the two towers.
+      params: as they were read; None = to be trained first.
+      tokens: of the texts of each set, int32 [C, L].
+    """
+
+    module: nn.Module
+    params: PyTree
+    tokens: tuple[np.ndarray, ...]
+
+
+def make_model(config: Any, sets: Sequence[Sequence[str]]) -> Model:
+    """Builds or reads ``config.model``.
 
     Args:
       config: of the experiment.
-      vocab_size: of the texts' tokens.
-      length: L, of the texts.
+      sets: for each set the texts of its classes.
 
     Raises:
       ConfigError: an unknown kind.
+      FileNotFoundError: there is no pretrained model at ``config.model.path``.
     """
-    options = config.model.to_dict()
-    kind, scale = options.pop("kind"), options.pop("scale")
-    embedding = options.pop("embedding")
+    model = config.model
+    if model.kind == "clip":
+        read = from_pretrained(model.path, architecture="CLIPModel", **_compute(config))
+        tokeniser = load_tokenizer(model.path, max_length=77)
+        inputs = tokeniser([text for texts in sets for text in texts]).inputs
+        ends = np.cumsum([len(texts) for texts in sets])[:-1]
+        return Model(read.module, read.params, tuple(np.split(inputs, ends)))
+    tokens, vocab_size = tokenise(sets)
     towers: dict[str, Callable[[], nn.Module]] = {
         "two_tower": lambda: SequenceClassifier(
-            num_classes=embedding, vocab_size=vocab_size, max_positions=length, mixer="attention",
-            mixer_options={"causal": False, "num_heads": options["text"]["num_heads"]},
-            pattern=("mixer", "ffn"), ffn_options={"expand": options["text"]["expand"]},
-            features=options["text"]["features"], depth=options["text"]["depth"],
+            num_classes=model.embedding, vocab_size=vocab_size, mixer="attention",
+            mixer_options={"causal": False, "num_heads": model.text.num_heads},
+            pattern=("mixer", "ffn"), ffn_options={"expand": model.text.expand},
+            features=model.text.features, depth=model.text.depth,
+            max_positions=tokens[0].shape[1],
         ),
-        "prototypes": lambda: Prototypes(embedding),
+        "prototypes": lambda: Prototypes(model.embedding),
     }  # fmt: skip
-    if kind not in towers:
-        raise ConfigError(f"config.model.kind={kind!r}; choose one of {', '.join(sorted(towers))}.")
-    return TwoTower(ResidualMLP(embedding, **options["image"]), towers[kind](), scale)
+    if model.kind not in towers:
+        raise ConfigError(
+            f"config.model.kind={model.kind!r}; choose one of clip, {', '.join(towers)}."
+        )
+    image = ResidualMLP(model.embedding, **model.image.to_dict())
+    return Model(TwoTower(image, towers[model.kind](), model.scale), None, tuple(tokens))
+
+
+def _compute(config: Any) -> dict[str, Any]:
+    """How CLIP computes, from the config."""
+    dtype = jnp.dtype(config.model.dtype)
+    return {"scan": config.model.scan, "remat": config.model.remat, "compute_dtype": dtype}
 
 
 # -- data -------------------------------------------------------------------------------------
@@ -444,9 +476,16 @@ class Task(NamedTuple):
     """
 
     name: str
-    train: ArraySource
-    test: ArraySource
+    train: Source
+    test: Source
     prompts: tuple[str, ...]
+
+
+def _shifted(source: Source, offset: int) -> Source:
+    """The same examples with labels in a common space."""
+    return Mapped(
+        source, lambda e: {**e, "labels": (e["labels"] + offset).astype(np.int32)}, batched=True
+    )
 
 
 class Stream(NamedTuple):
@@ -573,9 +612,81 @@ def _optdigits(shots: int, seed: int) -> Task:
     return Task("optdigits", train, parts[1], prompts)
 
 
+def _published(exp: Experiment) -> Stream:
+    """The sets of ``config.data.sets``, prepared by TensorFlow Datasets; there is no base set.
+
+    Few-shot sets are drawn from the training split; a class with fewer images gives all it has.
+    """
+    cfg = exp.config
+
+    def pixels(example: Mapping[str, Any]) -> Example:
+        image = clip_image(example["image"], cfg.model.image_size)
+        return {"inputs": image, "labels": np.int32(example["label"])}
+
+    def normalised(example: Example) -> Example:
+        x = example["inputs"].astype(np.float32) / np.float32(255)
+        return {**example, "inputs": (x - CLIP_MEAN) / CLIP_DEVIATION}
+
+    tasks = []
+    for name, source, classes, template, *splits in cfg.data.sets:
+        train, test = (tfds_source(source, split, cfg.data.directory or None) for split in splits)
+        names = train.dataset_info.features["label"].names  # type: ignore[attr-defined]
+        if len(names) != classes:
+            raise ConfigError(
+                f"config.data.sets: {source!r} has {len(names)} classes, not {classes}."
+            )
+
+        def draw(train: Source = train, name: str = name) -> list[int]:
+            labels = np.array([int(example["label"]) for example in train])  # type: ignore
+            return at_most(labels, cfg.data.shots, exp.seed(f"shots/{name}")).tolist()
+
+        kept = np.array(exp.artifact(f"shots-{name}", draw))
+        few = CachedSource(Mapped(Subset(train, kept), pixels))
+        tasks.append(
+            Task(
+                name, Mapped(few, normalised, batched=True),
+                Mapped(Mapped(test, pixels), normalised, batched=True),
+                tuple(template.format(n.replace("_", " ")) for n in names),
+            )
+        )  # fmt: skip
+    return Stream((), tuple(tasks))
+
+
+def at_most(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
+    """Positions of ``shots`` examples of every class, of all where a class has fewer; [K] ints."""
+    rng = np.random.default_rng(seed)
+    chosen = [rng.permutation(np.flatnonzero(labels == c))[:shots] for c in np.unique(labels)]
+    return rng.permutation(np.concatenate(chosen))
+
+
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+CLIP_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def clip_image(image: np.ndarray, size: int) -> np.ndarray:
+    """Brings an image to the square that CLIP sees: bicubic to the short side, then the centre.
+
+    Args:
+      image: uint8 [H, W, 1 or 3].
+      size: of the square.
+
+    Returns:
+      uint8 [size, size, 3].
+    """
+    from PIL import Image
+
+    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB")
+    scale = size / min(picture.size)
+    width, height = (max(size, round(side * scale)) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(picture.crop((left, top, left + size, top + size)))
+
+
 STREAMS: dict[str, Callable[[Experiment], Stream]] = {
     "digits": _digits,
     "handwriting": _handwriting,
+    "published": _published,
 }
 
 
@@ -669,14 +780,12 @@ class Laboratory:
     Attributes:
       exp: the experiment.
       stream: the sets.
-      module: the model.
-      tokens: for each set, the base's first, int32 [C, L].
+      model: its ``tokens`` are those of the base's sets, then of the tasks.
     """
 
     exp: Experiment
     stream: Stream
-    module: nn.Module
-    tokens: tuple[np.ndarray, ...]
+    model: Model
 
     @classmethod
     def of(cls, exp: Experiment) -> "Laboratory":
@@ -687,9 +796,8 @@ class Laboratory:
                 f"config.data.kind={cfg.data.kind!r}; choose one of {', '.join(sorted(STREAMS))}."
             )
         stream = STREAMS[cfg.data.kind](exp)
-        tokens, vocab_size = tokenise([task.prompts for task in (*stream.base, *stream.tasks)])
-        module = make_model(cfg, vocab_size, tokens[0].shape[1])
-        return cls(exp, stream, module, tuple(tokens))
+        model = make_model(cfg, [task.prompts for task in (*stream.base, *stream.tasks)])
+        return cls(exp, stream, model)
 
     def train(self, stage: str, source: Source) -> Pipeline:
         """Endless shuffled batches."""
@@ -699,48 +807,42 @@ class Laboratory:
     def union(self, tasks: Sequence[Task], tokens: Sequence[np.ndarray]) -> tuple[Source, Array]:
         """The training images of several sets with labels in one space, and its texts."""
         first, _ = label_spaces([len(t) for t in tokens])
-        parts = [
-            {"inputs": task.train.arrays["inputs"], "labels": task.train.arrays["labels"] + offset}
-            for task, offset in zip(tasks, first.astype(np.int32))
-        ]
-        arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        return ArraySource(arrays), jnp.asarray(np.concatenate(tokens))
+        parts = [_shifted(task.train, offset) for task, offset in zip(tasks, first)]
+        return Concatenation(parts), jnp.asarray(np.concatenate(tokens))
+
+    def _texts(self, tokens: Sequence[np.ndarray]) -> ImageTextClassification:
+        """The texts of several sets."""
+        texts = jnp.asarray(np.concatenate(tokens))
+        chunk = self.exp.config.text_chunk
+        return ImageTextClassification(module=self.model.module, texts=texts, chunk=chunk)
 
     def objective(self, task: int, params: PyTree) -> ImageTextClassification:
         """The loss of a task of the stream, given the parameters before it.
 
         Texts and seen features have as many rows for every task, so that one program serves all.
         """
-        tokens = self.tokens[len(self.stream.base) :]
+        tokens = self.model.tokens[len(self.stream.base) :]
         texts = np.zeros((max(map(len, tokens)), tokens[0].shape[1]), np.int32)
         texts[: len(tokens[task])] = tokens[task]
-        everything = ImageTextClassification(
-            module=self.module, texts=jnp.asarray(np.concatenate(tokens))
-        )
-        features = _text_features(everything, Variables(params, {}))
+        features = _text_features(self._texts(tokens), Variables(params, {}))
         seen = np.arange(len(features)) < sum(len(t) for t in tokens[:task])
         return ImageTextClassification(
-            module=self.module, texts=jnp.asarray(texts), chunk=self.exp.config.text_chunk,
+            module=self.model.module, texts=jnp.asarray(texts), chunk=self.exp.config.text_chunk,
             seen=jnp.where(jnp.asarray(seen)[:, None], features, 0.0),
         )  # fmt: skip
 
     def scores(self, params: PyTree) -> tuple[list[float], list[float]]:
         """Test accuracy on every set, among its own classes and among all."""
-        exp = self.exp
-        first, own = label_spaces([len(t) for t in self.tokens])
-        texts = jnp.asarray(np.concatenate(self.tokens))
+        first, own = label_spaces([len(t) for t in self.model.tokens])
+        variables = Variables(params, {})
+        features = _text_features(self._texts(self.model.tokens), variables)
         found: tuple[list[float], list[float]] = ([], [])
         for k, task in enumerate((*self.stream.base, *self.stream.tasks)):
-            objective = ImageTextClassification(
-                module=self.module, texts=texts, candidates=jnp.asarray(own[k])
+            objective = ZeroShotClassification(
+                module=self.model.module, features=features, candidates=jnp.asarray(own[k])
             )
-            arrays = task.test.arrays
-            labels = (arrays["labels"] + first[k]).astype(np.int32)
-            data = Pipeline(
-                ArraySource({"inputs": arrays["inputs"], "labels": labels}),
-                exp.config.eval_batch_size,
-            )
-            metrics = exp.evaluate(objective, Variables(params, {}), data)
+            data = Pipeline(_shifted(task.test, first[k]), self.exp.config.eval_batch_size)
+            metrics = self.exp.evaluate(objective, variables, data)
             found[0].append(metrics["accuracy"])
             found[1].append(metrics["accuracy_all"])
         return found
@@ -755,12 +857,17 @@ class Laboratory:
         for t in range(len(self.stream.tasks)):
             learned = learn(f"{name}-{t}", t, params)
             updates.append(float(trees.norm(trees.sub(learned.params, params))))
-            params, trained = learned.params, learned.trained
+            params = self._kept(f"{name}-{t}-model", learned.params)
+            trained = learned.trained
             ranks.append(learned.ranks)
             for rows, row in zip((own, union), self.scores(params)):
                 rows.append(row)
         drift = float(trees.norm(trees.sub(params, base)))
         return History(Scores(np.array(own), np.array(union)), drift, updates, trained, ranks)
+
+    def _kept(self, name: str, params: PyTree) -> PyTree:
+        """The parameters, as an artifact where the config says so: what would be deployed."""
+        return self.exp.artifact(name, lambda: params) if self.exp.config.keep_models else params
 
     def everything(self, *, share: float = 1.0, hold: Any = None) -> Learner:
         """All parameters but the scale.
@@ -818,10 +925,19 @@ class Laboratory:
             ranks = active_ranks(fitted.params) if gated else {}
             return Learned(
                 gated_task.inner_params(fitted.params), fitted.summary["parameters"],
-                {path: int(count.sum()) for path, count in ranks.items()},
+                _by_matrix(ranks),
             )  # fmt: skip
 
         return learn
+
+
+def _by_matrix(ranks: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Active ranks by path, those of stacked matrices by ``path[index]``."""
+    return {
+        path + (str(list(index)) if index else ""): int(count[index])
+        for path, count in ranks.items()
+        for index in np.ndindex(count.shape)
+    }
 
 
 @jax.jit
@@ -853,6 +969,39 @@ def gated_low_rank(
     )  # fmt: skip
 
 
+def plan(config: Any) -> tuple[GatedLowRank, dict[str, jax.ShapeDtypeStruct], FitConfig]:
+    """A step of a full-scale config on shapes alone, for ``training.aot.lower_step``.
+
+    Returns:
+      The objective of a task with the most classes, a batch, and how it would be trained.
+    """
+    model, size = config.model, config.model.image_size
+    compute = _compute(config)
+    compute["dtype"] = compute.pop("compute_dtype")
+    module = Clip(clip_vit_b(model.patch_size, **compute))
+    classes = [entry[2] for entry in config.data.sets]
+
+    def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    task = ImageTextClassification(
+        module=module, texts=shape(max(classes), 77, dtype=jnp.int32),  # type: ignore[arg-type]
+        seen=shape(sum(classes), module.config.text.projection),  # type: ignore[arg-type]
+        chunk=config.text_chunk,
+    )  # fmt: skip
+    batch = {
+        "inputs": shape(config.batch_size, size, size, 3),
+        "labels": shape(config.batch_size, dtype=jnp.int32),
+    }
+    params = jax.eval_shape(lambda o, k, b: o.init(k, b), task, jax.random.key(0), batch).params
+    own, fit = config.codyra, from_dict(FitConfig, config.adapt)
+    objective = gated_low_rank(
+        config, task, params, rank=own.rank, placement=own.placement, gated=True,
+        largest=max(own.largest), prox=own.prox, steps=fit.steps,
+    )  # fmt: skip
+    return objective, batch, fit
+
+
 def recipe(exp: Experiment) -> None:
     cfg = exp.config
     for method in cfg.methods:
@@ -860,9 +1009,11 @@ def recipe(exp: Experiment) -> None:
             raise ConfigError(f"config.methods has {method!r}; there are {', '.join(METHODS)}.")
     lab = Laboratory.of(exp)
     count = len(lab.stream.base)
-    source, texts = lab.union(lab.stream.base, lab.tokens[:count])
-    task = ImageTextClassification(module=lab.module, texts=texts)
-    base = exp.fit("base", task, lab.train("base", source), cfg.base).params
+    base = lab.model.params
+    if base is None:
+        source, texts = lab.union(lab.stream.base, lab.model.tokens[:count])
+        task = ImageTextClassification(module=lab.model.module, texts=texts)
+        base = exp.fit("base", task, lab.train("base", source), cfg.base).params
 
     histories: dict[str, History] = {}
     points: dict[str, list[str]] = {"LoRA": [], "CoDyRA": []}
@@ -894,7 +1045,7 @@ def recipe(exp: Experiment) -> None:
         histories["L1 penalty"] = lab.sequence("l1", base, learn)
 
     _report(lab, histories)
-    if all(points.values()):
+    if count and all(points.values()):
         _frontier(lab, histories, points)
     if "codyra" in cfg.methods:
         _ranks(lab, histories)
@@ -910,15 +1061,16 @@ def _unchanged(lab: Laboratory, base: PyTree) -> History:
 def _joint(lab: Laboratory, base: PyTree) -> None:
     """All tasks of the stream at once, all parameters: what no sequence is expected to reach."""
     count = len(lab.stream.base)
-    source, texts = lab.union(lab.stream.tasks, lab.tokens[count:])
-    task = ImageTextClassification(module=lab.module, texts=texts)
+    source, texts = lab.union(lab.stream.tasks, lab.model.tokens[count:])
+    task = ImageTextClassification(module=lab.model.module, texts=texts)
     start = WarmStart(inner=task, params=base)
     cfg = lab.exp.config
     fitted = lab.exp.fit("joint", start, lab.train("joint", source), cfg.joint)
     own, union = lab.scores(fitted.params)
     lab.exp.record("joint training, Last", float(np.mean(own[count:])))
     lab.exp.record("joint training, Last in one label space", float(np.mean(union[count:])))
-    lab.exp.record("joint training, retained", float(np.mean(own[:count])))
+    if count:
+        lab.exp.record("joint training, retained", float(np.mean(own[:count])))
 
 
 def _current(history: History, base: int) -> float:
@@ -927,8 +1079,8 @@ def _current(history: History, base: int) -> float:
 
 
 def _retained(history: History, base: int) -> float:
-    """Mean accuracy on the base's sets at the end."""
-    return float(history.scores.own[-1, :base].mean())
+    """Mean accuracy on the base's sets at the end; not a number where there are none."""
+    return float(history.scores.own[-1, :base].mean()) if base else float("nan")
 
 
 def _report(lab: Laboratory, histories: Mapping[str, History]) -> None:
