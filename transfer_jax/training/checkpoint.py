@@ -20,7 +20,7 @@ from etils import epath
 
 from transfer_jax.objectives import Variables
 from transfer_jax.training import distributed
-from transfer_jax.training.files import as_path, is_remote, write_json
+from transfer_jax.training.files import absolute, is_remote, write_json
 from transfer_jax.training.sharding import Layout
 
 PyTree = Any
@@ -57,7 +57,7 @@ def read_tree(path: str | Path, layout: Layout | None = None) -> PyTree:
       Nested dictionaries and lists of arrays; tuples come back as lists.
     """
     with _no_metadata_warning(), ocp.StandardCheckpointer() as checkpointer:
-        path = as_path(path).absolute()
+        path = absolute(path)
         saved = checkpointer.metadata(path).item_metadata.tree
         shapes = jax.tree.map(
             lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), saved, is_leaf=_is_array_metadata
@@ -97,7 +97,7 @@ def load_variables(stage: str | Path, *, layout: Layout | None = None) -> Variab
     Raises:
       CheckpointError: there is no checkpoint, or its files have changed since they were written.
     """
-    directory = as_path(stage).absolute() / "checkpoints"
+    directory = absolute(stage) / "checkpoints"
     steps = [int(p.name) for p in directory.glob("*") if p.name.isdigit()]
     if not steps:
         raise CheckpointError(f"there is no checkpoint in {directory}.")
@@ -178,7 +178,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 2):
-        self.directory = as_path(directory).absolute()
+        self.directory = absolute(directory)
         # What a killed process left half written goes away with the next save.
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True,

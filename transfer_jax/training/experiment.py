@@ -26,7 +26,7 @@ from transfer_jax.objectives import Objective, Variables
 from transfer_jax.training import distributed, loop, report
 from transfer_jax.training.checkpoint import read_tree
 from transfer_jax.training.config import FitConfig, from_dict
-from transfer_jax.training.files import as_path, write_json, write_text
+from transfer_jax.training.files import absolute, write_json, write_text
 from transfer_jax.training.sharding import Layout, make_mesh
 
 PyTree = Any
@@ -53,7 +53,7 @@ class Experiment:
     def __init__(self, config: ml_collections.ConfigDict, workdir: str | Path):
         self.config = ml_collections.FrozenConfigDict(config)
         _check_stages(self.config)
-        self.workdir = as_path(workdir).expanduser().absolute()
+        self.workdir = absolute(workdir)
         self._open(config)
         mesh = make_mesh(dict(self.config.get("mesh", {})))
         sharding = self.config.get("sharding", {})

@@ -39,6 +39,12 @@ def is_remote(path: Path) -> bool:
     return "://" in os.fspath(path)
 
 
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """Returns ``as_path(path)`` from the root of its file system on, ``~`` expanded."""
+    found = as_path(path)
+    return found if is_remote(found) else found.expanduser().absolute()
+
+
 def modified(path: Path) -> float:
     """Returns when a file was written last, in seconds since the epoch."""
     stat: Any = path.stat()

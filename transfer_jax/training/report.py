@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transfer_jax.training.files import as_path, modified, write_text
+from transfer_jax.training.files import absolute, as_path, modified, write_text
 from transfer_jax.training.writers import read_metrics
 
 _COLUMNS = 3  # panels of a figure beside each other
@@ -57,7 +57,7 @@ def write_report(workdir: str | Path) -> Path:
     directory = workdir / "report"
     directory.mkdir(exist_ok=True)
 
-    lines = [f"# {workdir.absolute().name}", ""]
+    lines = [f"# {absolute(workdir).name}", ""]
     if results is None:
         lines += ["**This run has not finished**, or has recorded nothing yet.", ""]
     body = _results_section(results or {}, directory, missing)
@@ -120,7 +120,7 @@ def _stages(workdir: Path) -> list[Path]:
     """Stage directories in the order in which they last wrote metrics: the order they ran in."""
     written: dict[Path, float] = {}
     for name in ("metrics.jsonl", "summary.json"):
-        for file in workdir.glob(f"stages/**/{name}"):
+        for file in workdir.glob(f"stages/*/{name}"):
             written.setdefault(file.parent, modified(file))
     return sorted(written, key=lambda stage: (written[stage], stage))
 
