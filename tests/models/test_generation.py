@@ -146,11 +146,11 @@ def test_gpt2_continues_as_in_transformers(tmp_path):
     peer = peers.make_peer(tmp_path, "GPT2LMHeadModel", config)
     peer.config.pad_token_id = 0
     module, params, _ = from_pretrained(tmp_path)
-    prompt = np.array(jax.random.randint(jax.random.key(7), (3, 6), 0, 6))
-    for options in ({}, {"num_beams": 3, "length_penalty": 2.0}):
-        decoding = Decoding(max_tokens=8, eos_id=9, no_repeat_ngram=2, **options)
+    prompt = jax.random.randint(jax.random.key(7), (3, 6), 0, 6)
+    one = Decoding(max_tokens=8, eos_id=9, no_repeat_ngram=2)
+    for decoding in (one, one.replace(num_beams=3, length_penalty=2.0)):
         found = generate_continuations(module, {"params": params}, prompt, decoding)
-        peers.assert_generated(found, peer, prompt, np.ones_like(prompt), decoding)
+        peers.assert_generated(found, peer, prompt, np.ones((3, 6), int), decoding)
 
 
 def test_what_contradicts_itself_is_refused():

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transfer_jax import trees
+from transfer_jax.interop.bart import BART, MBART
 from transfer_jax.interop.bert import BERT, ROBERTA
 from transfer_jax.interop.clip import CLIP
 from transfer_jax.interop.family import Family
@@ -32,7 +33,7 @@ PyTree = Any
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (BERT, ROBERTA, CLIP, T5_FAMILY, GPT2_FAMILY, VIT, DEIT, LONGFORMER)
+    for family in (BERT, ROBERTA, CLIP, T5_FAMILY, BART, MBART, GPT2_FAMILY, VIT, DEIT, LONGFORMER)
 }
 
 

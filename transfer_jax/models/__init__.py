@@ -1,5 +1,6 @@
 """Whole networks."""
 
+from transfer_jax.models.bart import Bart, BartConfig, bart_stack
 from transfer_jax.models.bert import Bert, BertConfig, bert_stack
 from transfer_jax.models.clip import Clip, ClipConfig, ClipText, ClipTextConfig, clip_vit_b
 from transfer_jax.models.generation import (
@@ -27,6 +28,8 @@ from transfer_jax.models.vit import VisionTransformer, ViTConfig, vit_stack
 __all__ = [
     "GPT2",
     "T5",
+    "Bart",
+    "BartConfig",
     "Bert",
     "BertConfig",
     "Clip",
@@ -47,6 +50,7 @@ __all__ = [
     "T5Config",
     "ViTConfig",
     "VisionTransformer",
+    "bart_stack",
     "bert_stack",
     "clip_vit_b",
     "generate",
