@@ -12,7 +12,8 @@ The network is not changed. Its modules are met by ``flax.linen.intercept_method
     with petl.adapted(method, added):
         logits = model.apply({"params": params}, tokens)
 
-``adapted`` acts while a function is traced: it belongs inside what is jitted.
+``adapted`` acts while a function is traced: it belongs inside what is jitted (for generation, see
+``AdaptedModule``).
 
 The added parameters are ``{part name: tree}``, where the tree has the shape of the network's own:
 what modifies the module ``stack/layers_0/mlp`` lies under that path. Under a scanned stack it lies
@@ -702,7 +703,9 @@ def petl_rules(
 def adapted(method: Method, added: PyTree) -> Iterator[None]:
     """Inside, the network runs with the method's changes.
 
-    Dropout is on where the innermost enclosing call was given ``train=True``.
+    Dropout is on where the innermost enclosing call was given ``train=True``. It acts while a
+    function is traced; give a function that is compiled with the network as a static argument, as
+    generation is, an ``AdaptedModule`` instead.
 
     Args:
       method: see the module.
@@ -711,6 +714,25 @@ def adapted(method: Method, added: PyTree) -> Iterator[None]:
     method, added = fold(method, added)
     with nn.intercept_methods(_Adapter(method, added)):
         yield
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedModule:
+    """A network with a method, for what takes a module and its variables, such as generation.
+
+    Attributes:
+      module: the network.
+      method: see the module.
+    """
+
+    module: nn.Module
+    method: Method
+
+    def apply(self, variables: PyTree, *args: Any, **kwargs: Any) -> Any:
+        """As the network's ``apply``, of ``{"params": ..., "added": ...}``."""
+        rest = {name: value for name, value in variables.items() if name != "added"}
+        with adapted(self.method, variables["added"]):
+            return self.module.apply(rest, *args, **kwargs)
 
 
 class _Layer(NamedTuple):
