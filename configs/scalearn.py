@@ -149,7 +149,8 @@ def _tokens(variant: str, tasks: dict[str, tuple[str, int, str, int]]) -> ml_col
         {
             "kind": "roberta", "vocab_size": 250_002 if variant == "humset" else 50_265,
             "max_positions": 514, "features": 768, "num_layers": 12, "num_heads": 12,
-            "dropout": 0.1, "attention_dropout": 0.1, "scan": True, "dtype": "bfloat16",
+            "hidden": 3072, "dropout": 0.1, "attention_dropout": 0.1, "scan": True,
+            "dtype": "bfloat16",
         }
     )  # fmt: skip
     config.adapter = ml_collections.ConfigDict(

@@ -14,7 +14,8 @@ from transfer_jax import trees
 from transfer_jax.configuration import ConfigError, apply_overrides, get_config, list_configs
 from transfer_jax.data.pipeline import Pipeline
 from transfer_jax.data.sources import ArraySource
-from transfer_jax.models import BertConfig, bert_stack
+from transfer_jax.interop import save_pretrained
+from transfer_jax.models import Bert, BertConfig, bert_stack
 from transfer_jax.nn import TransformerStack, adapter_fusion, petl, stack_layers
 from transfer_jax.objectives import Classification, Regression, Variables
 from transfer_jax.papers import scalearn
@@ -467,6 +468,48 @@ def test_one_device_and_eight_learn_the_same_scales():
     scales = one.params["combination"]["scales"]
     assert np.abs(scales - start).max() > 1e-3
     np.testing.assert_allclose(scales, eight.params["combination"]["scales"], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_tokens_and_a_backbone_are_read_from_files(tmp_path):
+    """Two of the published tasks on a tiny RoBERTa, a score and a choice, both as sources."""
+    config = BertConfig(
+        vocab_size=11, stack=STACK(norm_eps=1e-5), max_positions=10, position_offset=2,
+        token_types=1, roberta=True, head="classification",
+    )  # fmt: skip
+    save_pretrained(tmp_path / "roberta", Bert(config), PARAMS["encoder"])
+    rng = np.random.default_rng(0)
+    for name, shape, labels in (
+        ("stsb", (), lambda n: rng.normal(size=(n, 1)).astype(np.float32)),
+        ("copa", (2,), lambda n: rng.integers(0, 2, n)),
+    ):
+        (tmp_path / name).mkdir()
+        for split, n in (("train", 40), ("validation", 12), ("test", 12)):
+            np.savez(
+                tmp_path / name / f"{split}.npz", labels=labels(n),
+                inputs=rng.integers(0, 11, (n, *shape, 5), dtype=np.int32),
+                lengths=rng.integers(1, 6, (n, *shape), dtype=np.int32),
+            )  # fmt: skip
+    config = get_config("scalearn:superglue")
+    stsb = get_config("scalearn:glue").data.tasks.stsb
+    with config.unlocked():
+        config.data.tasks = {"stsb": stsb, "copa": config.data.tasks.copa}
+    fields = {
+        "features": FEATURES, "num_layers": LAYERS, "num_heads": 2, "hidden": 16, "vocab_size": 11,
+    }  # fmt: skip
+    config = apply_overrides(config, [
+        f"backbone={tmp_path / 'roberta'}", f"data.directory={tmp_path}", "sources=stsb,copa",
+        "targets=stsb", "methods=adapter,scalearn", "data.tasks.stsb.epochs=1",
+        "data.tasks.copa.epochs=1", "adapter.bottleneck=3", "model.max_positions=10",
+        "model.dtype=float32", *(f"model.{k}={v}" for k, v in fields.items()),
+    ])  # fmt: skip
+    results, given = run(config, tmp_path / "run", pytest.MonkeyPatch())
+    assert set(given) == {"source-stsb", "source-copa", "stsb-scalearn"}
+    rows = dict(results["tables"]["Test scores"]["rows"])
+    assert set(rows) == {"adapter", "scalearn"} and all(0 < abs(r) <= 1 for r in rows.values())
+    summary = tmp_path / "run/stages/stsb-scalearn/summary.json"
+    head = FEATURES**2 + FEATURES + FEATURES + 1
+    assert json.loads(summary.read_text())["parameters"] == LAYERS * 2 * FEATURES + head
 
 
 def test_configs_that_cannot_run_say_why(tmp_path):

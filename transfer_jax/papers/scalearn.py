@@ -953,7 +953,8 @@ def adapt(context: Context, target: str, shots: int) -> dict[str, float]:
             noise_bank = _joined(adapter_fusion.stack_adapters(noise), target_bank)
             run(method, combine(method, noise_bank), "scales")
         elif method == "joint":
-            results[method] = _joint(context, target, label, source)
+            if context.tasks[target].kind != "choices":  # these cannot be mixed with others
+                results[method] = _joint(context, target, label, source)
         elif method == "probing":
             results[method] = _probe(context, task, bank, target, label, source)
         elif method != "adapter":
@@ -1047,8 +1048,6 @@ def _joint(context: Context, target: str, label: str, source: Source) -> float:
     exp, cfg = context.exp, context.exp.config
     names = [name for name in cfg.sources if name != target] + [target]
     names = [name for name in names if context.tasks[name].kind != "choices"]
-    if target not in names:
-        return math.nan
     tasks = [context.tasks[name] for name in names]
     sources = [context.tasks[name].splits["train"] for name in names[:-1]] + [source]
     length = cfg.fits.joint.steps * cfg.batch_size
@@ -1133,14 +1132,16 @@ def report(context: Context, scores: Mapping[str, Mapping[tuple[str, int], float
     names = [f"{t}, k = {k}" if k else t for t, k in cells]
     means = {
         method: {
-            k: float(np.mean([row[t, k] for t in cfg.targets])) for k in cfg.shots
+            k: float(np.mean([row[t, k] for t in cfg.targets if (t, k) in row]))
+            for k in cfg.shots
         }
         for method, row in scores.items()
     }  # fmt: skip
-    exp.table(
-        "Test scores", ["method", *names],
-        [[method, *(round(row[cell], 4) for cell in cells)] for method, row in scores.items()],
-    )  # fmt: skip
+    rows = [
+        [method, *(round(row[cell], 4) if cell in row else "" for cell in cells)]
+        for method, row in scores.items()
+    ]
+    exp.table("Test scores", ["method", *names], rows)
     exp.table(
         "Mean over targets", ["method", *(f"k = {k}" if k else "all" for k in cfg.shots)],
         [[method, *(round(x, 4) for x in row.values())] for method, row in means.items()],
@@ -1149,7 +1150,7 @@ def report(context: Context, scores: Mapping[str, Mapping[tuple[str, int], float
         for k, score in row.items():
             exp.record(f"k = {k}, {method}", score)
     sites, features = adapter_fusion.count_sites(context.sites), context.sites[0].outputs[0]
-    sources = len(set(cfg.sources) | {"own"}) - len(set(cfg.sources) & set(cfg.targets[:1]))
+    sources = len({*cfg.sources, cfg.targets[0]})
     counts = adapter_fusion.transfer_parameters(sites, sources, features)
     exp.table(
         f"Parameters beside the head, {sources} sources", ["method", "parameters"],
