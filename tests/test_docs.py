@@ -6,12 +6,17 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import transfer_jax as tj
 from launch import gke, local, slurm, tpu_vm
 from tests import toy
-from transfer_jax import cli
+from transfer_jax import cli, trees
+from transfer_jax.interop import from_pretrained, save_pretrained
+from transfer_jax.models import T5, Bert, BertConfig, bert_stack, t5_config
 from transfer_jax.training import FitConfig, base_config
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +122,39 @@ def test_code_of_work_directory(tmp_path, monkeypatch):
     assert toy.leaves_equal(names["variables"].params, fitted.params)
     assert [step for step, _ in names["losses"]] == [2, 4]
     assert names["accuracy"] == [["toy", 0.5]]
+
+
+def test_code_of_pretrained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stack = bert_stack(features=8, num_layers=2, num_heads=2)
+    config = BertConfig(
+        vocab_size=20, stack=stack, roberta=True, position_offset=2, max_positions=12
+    )
+    model = Bert(dataclasses.replace(config, head="masked_lm"))
+    seq2seq = T5(t5_config(vocab_size=20, features=8, num_layers=1, num_heads=2, head_dim=4))
+    tokens = jax.random.randint(jax.random.key(0), (2, 6), 3, 20)
+    params = jax.jit(model.init)(jax.random.key(1), tokens)["params"]
+    (tmp_path / "models").mkdir()
+    save_pretrained("models/roberta", model, params)
+    names = {
+        "tokens": tokens, "lengths": jnp.array([6, 4]), "labels": jnp.array([0, 1]),
+        "key": jax.random.key(2), "seq2seq": seq2seq, "sources": tokens,
+        "seq2seq_variables": jax.jit(seq2seq.init)(jax.random.key(3), tokens, tokens),
+    }  # fmt: skip
+    for _, body in blocks(ROOT / "docs/pretrained.md", "python"):
+        exec(body, names)
+    assert set(names["fresh"]) == {
+        f"{layer}/{part}" for layer in ("classifier", "pooler") for part in ("bias", "kernel")
+    }
+    # Nothing is trained yet, so the adapter changes nothing, and neither does merging it.
+    np.testing.assert_allclose(names["adapted_logits"], names["logits"], atol=1e-6)
+    module, merged, _ = from_pretrained("models/merged")
+    assert module.config == names["module"].config
+    head, body = trees.partition(merged, "^(classifier|pooler)")
+    expected = trees.partition(names["params"], "^(classifier|pooler)")[1]
+    jax.tree.map(np.testing.assert_array_equal, body, expected)
+    assert jax.tree.leaves(head)
+    assert names["out"].tokens.shape == (2, 12)
 
 
 def test_the_worked_example(here):
