@@ -24,6 +24,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from transfer_jax import trees
 from transfer_jax.configuration import ConfigError
@@ -315,6 +316,13 @@ class Corpus:
 def reports(exp: Experiment) -> None:
     """Gap sentences, Fisher information, summaries by every method, students; then the tables."""
     cfg = exp.config
+    if cfg.kd.scale != "none" and (
+        cfg.kd.teacher not in cfg.methods or cfg.method[cfg.kd.teacher].tags
+    ):
+        raise ConfigError(
+            f"config.kd.teacher={cfg.kd.teacher!r} must be one of config.methods={cfg.methods}, "
+            "without tags: students read plain reports."
+        )
     corpus = Corpus.of(cfg)
     module = network(cfg.model, len(corpus.tokenizer))
     task = Seq2Seq(module=module)
@@ -540,8 +548,8 @@ def summarise(exp: Experiment, corpus: Corpus, module: T5, params: PyTree, tags:
     pipeline = Pipeline(corpus.summaries("test", tags=tags), exp.config.eval_batch_size)
     for batch in exp.batches(pipeline):
         tokens = write(module, params, batch["inputs"], batch["lengths"], options)
-        real = np.asarray(batch["mask"]) > 0
-        summaries += [corpus.tokenizer.decode(row) for row in np.asarray(tokens)[real].tolist()]
+        tokens, mask = multihost_utils.process_allgather((tokens, batch["mask"]), tiled=True)
+        summaries += [corpus.tokenizer.decode(row) for row in tokens[mask > 0].tolist()]
     return summaries
 
 
@@ -574,11 +582,12 @@ def _compare_texts(exp: Experiment, corpus: Corpus, texts: Mapping[str, list[str
         "nearest neighbour": text.nearest_neighbour(findings, [r.findings for r in train], known),
     }
     references = [_normalised(r.impression) for r in test]
+    terms = corpus.lexicon.terms or text.chexpert_lexicon()
     overlap, counts = [], []
     for name, answers in {**floors, **texts}.items():
         answers = [_normalised(answer) for answer in answers]
         rouge, bleu = text.rouge(answers, references), text.bleu(answers, references)
-        facts = text.entity_f1(answers, references, corpus.lexicon.terms)
+        facts = text.entity_f1(answers, references, terms)
         facts |= text.label_agreement(answers, references)
         overlap.append([name, *(rouge[k] for k in text.ROUGE), facts["entity_f1"],
                         facts["label_f1"], facts["label_accuracy"]])  # fmt: skip
