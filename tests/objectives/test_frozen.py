@@ -38,16 +38,20 @@ def shapes(depth):
     return Variables(jax.eval_shape(init, jax.random.key(0), SHAPES["inputs"]), {})
 
 
+def drawn(tree):
+    """Arrays in place of shapes; nothing is compiled."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), tree)
+
+
 @pytest.fixture(scope="module")
 def real():
-    keys = jax.random.split(jax.random.key(0), 3)
     batch = {
-        "inputs": jax.random.normal(keys[0], (5, 8, 8, 1)),
+        "inputs": jax.random.normal(jax.random.key(0), (5, 8, 8, 1)),
         "labels": jnp.array([0, 1, 2, 0, 1]),
     }
-    params = jax.jit(network(2).init)(keys[1], batch["inputs"])["params"]
-    frozen = objective(2, Variables(params, {}))
-    variables = jax.jit(frozen.init)(keys[2], batch)
+    frozen = objective(2, drawn(shapes(2)))
+    variables = drawn(jax.eval_shape(frozen.init, jax.random.key(0), batch))
     return frozen, variables, batch
 
 

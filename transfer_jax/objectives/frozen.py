@@ -72,8 +72,9 @@ def cache_features(
 ) -> dict[str, np.ndarray]:
     """Computes what the frozen network gives for every example, once.
 
-    Valid where the inputs do not change from epoch to epoch. ``objective.inner`` then trains on
-    the result (an ``ArraySource`` of it) as ``objective`` does on the inputs, without the network.
+    Valid where the inputs do not change from epoch to epoch; for runs of one process.
+    ``objective.inner`` then trains on the result (an ``ArraySource`` of it) as ``objective`` does
+    on the inputs, without the network.
 
     Args:
       objective: whose ``features`` are kept.
