@@ -28,8 +28,6 @@ from transfer_jax.objectives import WarmStart
 from transfer_jax.training import Experiment, base_config, fit_config
 
 STAGES = ("source", "target")
-STEPS = 12
-LINES = 2 * (STEPS + STEPS // 4)  # metric lines of a whole run
 
 
 def recipe(exp):
@@ -45,7 +43,7 @@ def recipe(exp):
     exp.record("done", "yes")
 
 
-def start(workdir):
+def start(workdir, steps):
     """Forks a process that runs the recipe; its output goes to ``WORKDIR.log``."""
     child = os.fork()
     if child:
@@ -56,7 +54,7 @@ def start(workdir):
         os.dup2(log, 1)
         os.dup2(log, 2)
         config = base_config("tests.kill_drill:recipe")
-        config.fit = fit_config(steps=STEPS, log_every=1, eval_every=4, checkpoint_every=1, keep=3)
+        config.fit = fit_config(steps=steps, log_every=1, eval_every=4, checkpoint_every=1, keep=3)
         Experiment(config, workdir).run()
         code = 0
     except BaseException:
@@ -65,9 +63,9 @@ def start(workdir):
         os._exit(code)
 
 
-def finish(workdir):
+def finish(workdir, steps):
     """Runs it to its end."""
-    _, status = os.waitpid(start(workdir), 0)
+    _, status = os.waitpid(start(workdir, steps), 0)
     if status:
         raise SystemExit(f"the run has failed:\n{Path(f'{workdir}.log').read_text()}")
 
@@ -77,12 +75,13 @@ def lines(workdir):
     return sum(p.read_bytes().count(b"\n") for p in workdir.glob("stages/*/metrics.jsonl"))
 
 
-def kill(child, workdir, choose):
+def kill(child, workdir, steps, choose):
     """Kills the run between here and its end, somewhere; returns whether it was still running.
 
     Somewhere: some metric lines further on, and up to a tenth of a second after that.
     """
-    wanted = lines(workdir) + choose.randrange(LINES)
+    whole = 2 * (steps + steps // 4)  # metric lines
+    wanted = lines(workdir) + choose.randrange(whole)
     while lines(workdir) < wanted:
         if os.waitpid(child, os.WNOHANG)[0]:
             return False
@@ -111,7 +110,7 @@ def kept(workdir):
     return found
 
 
-def drill(count, seed, directory):
+def drill(count, seed, steps, directory):
     """Kills ``count`` runs; returns how many of them wrote a checkpoint when they were killed."""
     choose = random.Random(seed)
     # What is compiled in the first run is read in the others.
@@ -119,14 +118,14 @@ def drill(count, seed, directory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     reference = directory / "reference"
-    finish(reference)
+    finish(reference, steps)
     expected = facts(reference)
     killed = writing = whole = 0
     while killed < count:
         workdir = directory / f"run{whole}"
         while killed < count:
             before = kept(workdir)
-            if not kill(start(workdir), workdir, choose):
+            if not kill(start(workdir, steps), workdir, steps, choose):
                 break  # it was faster
             killed += 1
             after = kept(workdir)
@@ -138,7 +137,7 @@ def drill(count, seed, directory):
             halves = list(workdir.glob("stages/*/checkpoints/*.orbax-checkpoint-tmp*"))
             writing += bool(halves)
             print(f"kill {killed}: {after}{' while writing' if halves else ''}", flush=True)
-        finish(workdir)
+        finish(workdir, steps)
         whole += 1
         assert kept(workdir) == dict.fromkeys(STAGES, "finished")
         assert facts(workdir) == expected, f"another result in {workdir}"
@@ -154,10 +153,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=3)
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "big"))
+    parser.add_argument("--steps", type=int, default=12, help="of each of the two stages")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory() as directory:
-        drill(options.count, options.seed, Path(directory))
+        drill(options.count, options.seed, options.steps, Path(directory))
 
 
 if __name__ == "__main__":
