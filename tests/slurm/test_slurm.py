@@ -1,6 +1,6 @@
 """A job of two nodes on a real Slurm: preempted, requeued, and done with the uninterrupted result.
 
-It starts a cluster on this machine (``cluster.sh``): that takes root, slurm-wlm and munge of Debian,
+It starts a cluster on this machine (``cluster.sh``): root, slurm-wlm and munge of Debian are needed,
 and about a minute:
 
     TRANSFER_JAX_SLURM=1 python -m pytest tests/slurm
