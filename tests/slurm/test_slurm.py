@@ -1,7 +1,7 @@
 """A job of two nodes on a real Slurm: preempted, requeued, and done with the uninterrupted result.
 
-It starts a cluster on this machine (``cluster.sh``): root, slurm-wlm and munge of Debian are needed,
-and about a minute:
+It starts a cluster on this machine (``cluster.sh``), which takes root, slurm-wlm and munge
+(Debian packages) and about a minute:
 
     TRANSFER_JAX_SLURM=1 python -m pytest tests/slurm
 """
