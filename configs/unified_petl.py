@@ -2,7 +2,8 @@
 
 ``markov``: an encoder of four layers learns to fill gaps in sentences of a Markov chain (0.20 to
 0.31 of the hidden tokens), then to translate word for word with local exchanges; embeddings and
-output are frozen. Token accuracy on test sentences, mean and standard deviation over the seeds 0, 1, 2 of
+output are frozen. Token accuracy on test sentences, mean and standard deviation over the seeds 0,
+1, 2 of
 
     python -m launch.local --config=configs/unified_petl.py:markov --workdir=DIR --config.seed=SEED
 
