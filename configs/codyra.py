@@ -66,11 +66,12 @@ What was required, and whether it held:
 On digits WiSE-FT is better than CoDyRA at equal retention, and the L1 penalty, which leaves no
 weight at zero, is no worse. Transfer to tasks not learned yet is chance for every method: so
 small a base has no zero-shot ability on them. LwF's weight and the penalty's strength are the
-better of two values by test accuracy on seed 7, which is in no table; the threshold 0.0025 was added after seed 0.
+better of two values by test accuracy on seed 7, which is in no table; the threshold 0.0025 was
+added after seed 0.
 
 ``xtail`` and ``mtil`` are the published settings: 4,425,984 trained parameters on CLIP ViT-B/16.
-``xtail`` is traced, sharded and lowered in the tests, and their recipe runs there on a small CLIP; no
-published number was reproduced.
+``xtail`` is traced, sharded and lowered in the tests, and their recipe runs there on a small CLIP;
+no published number was reproduced.
 """
 
 from typing import Any
