@@ -1,6 +1,52 @@
 """ScaLearn: learned scales of frozen source adapters.
 
-MEASURED
+``digits`` runs on scikit-learn's bundled images, of which it makes five sources (plain, inverted
+and turned, quarters shuffled, flipped, checkered) and two targets (turned, inverted). Test accuracy
+with k labelled images per class, the mean of both targets, mean and standard deviation over the
+seeds 0, 1, 2, of
+
+    python -m launch.local --config=configs/scalearn.py:digits --workdir=DIR --config.seed=SEED
+
+on 2 CPU cores, shared: about 90 s of processor time each with a compilation cache
+(JAX_COMPILATION_CACHE_DIR), 135 s for the first, which filled it.
+
+    method       numbers learned   k = 1             k = 16
+    adapter      16,960            0.545 +- 0.060    0.913 +- 0.010
+    head         0                 0.539 +- 0.029    0.839 +- 0.016
+    fusion       197,632           0.523 +- 0.054    0.909 +- 0.007
+    scalearn     3,072             0.560 +- 0.048    0.909 +- 0.012
+    uniform      24                0.546 +- 0.057    0.903 +- 0.013
+    uniform++    6                 0.548 +- 0.062    0.901 +- 0.009
+    random       3,072             0.548 +- 0.046    0.894 +- 0.016
+    soup         0                 0.525 +- 0.061    0.857 +- 0.017
+
+(besides a head of 1,290 numbers). The means over three seeds against what is required of the
+method:
+
+    ScaLearn - fusion, k = 1     0.037    >= 0.03   holds (0.085, 0.031, -0.004)
+    ScaLearn - fusion, k = 16    0.000    >= 0.01   does not hold
+    ScaLearn - adapter, k = 1    0.015    >= 0.03   does not hold
+    ScaLearn - random, k = 1     0.012    > 0       holds (in every seed: 0.004, 0.018, 0.014)
+    uniform - fusion, k = 1      0.023    >= 0.03   does not hold
+    uniform - fusion, k = 16    -0.007    >= 0.01   does not hold
+    uniform - adapter, k = 1     0.000    >= 0.03   does not hold
+    uniform - random, k = 1     -0.002    > 0       does not hold
+
+So few images of so small a world show little of what the paper finds: at k = 1 the seeds differ by
+more than the methods do, and at k = 16 the target's own adapter is enough. ScaLearn with 3,072
+numbers does reach what AdapterFusion reaches with 197,632, uniform scales with 24 to within a
+point.
+
+Every stage of a target keeps its best step on validation data. On validation data of the seeds 0
+and 1 were fixed the steps that the network is trained before (20; 70 and 10 were tried as well) and
+the second target (inverted; upside down before); on those of ``handwriting`` the rates of
+AdapterFusion (2e-3, not 5e-4) and of the scales (6e-3, the paper's, not 2e-3). Adapter and head
+had one rate only. ``handwriting`` itself, the other baselines and ablations of ``METHODS`` in
+``papers/scalearn.py``, and k = 4 have not been measured.
+
+``glue``, ``glue_few_shot``, ``superglue`` and ``humset`` have the published shapes, sets and
+schedules. They run on tokens and weights from files (``config.data.directory``,
+``config.backbone``); here they have only been lowered.
 """
 
 from typing import Any
@@ -10,7 +56,7 @@ import ml_collections
 from transfer_jax.training import base_config, fit_config
 
 VARIANTS = {
-    "digits": "scikit-learn's digits in several domains, few examples of two targets",
+    "digits": "scikit-learn's digits in several domains; minutes on two cores",
     "handwriting": "MNIST's test part, UCI digits and Omniglot (files), the same methods",
     "glue": "the published setting on RoBERTa-base: eight tasks, each with all others as sources",
     "glue_few_shot": "the same with 4, 16, 32 and 100 examples of the target",

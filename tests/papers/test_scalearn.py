@@ -67,15 +67,19 @@ def build(method, **options):
     return scalearn.stage_two(CONFIG, method, TASK, BASE, SITES, BANK, **options)
 
 
-def predict(objective, combination, head=HEAD):
-    params = {"combination": combination, "full": head}
+@jax.jit
+def logits(objective, params):
     return objective.predict(Variables(params, {}), BATCH)
+
+
+def predict(objective, combination, head=HEAD):
+    return logits(objective, {"combination": combination, "full": head})
 
 
 def stage_one(adapter):
     """Logits of the network with one adapter."""
     params = {"added": {"adapter": adapter_fusion.spread(adapter, SITES)}, "full": HEAD}
-    return scalearn.stage_one(CONFIG, TASK, BASE).predict(Variables(params, {}), BATCH)
+    return logits(scalearn.stage_one(CONFIG, TASK, BASE), params)
 
 
 def draw(variant, seed=1):
@@ -127,7 +131,7 @@ def test_the_layer_is_pfeiffers_read_line_by_line():
 def test_no_scales_is_the_frozen_network_and_one_hot_scales_are_stage_one(variant):
     objective = build(variant)
     zero = jnp.zeros_like(draw(variant))
-    frozen = TASK.predict(Variables(PARAMS, {}), BATCH)
+    frozen = logits(TASK, PARAMS)
     np.testing.assert_allclose(predict(objective, {"scales": zero}), frozen, atol=1e-6)
     for s in (0, 2):
         expected = stage_one(ADAPTERS[s])
@@ -143,10 +147,7 @@ def test_folded_scales_give_the_same_logits():
         single, folded = objective.fold(params)
         wide = adapter_fusion.gather(folded["added"]["adapter"], SITES)
         assert wide["down"]["kernel"].shape == (LAYERS, FEATURES, SOURCES * 3)
-        np.testing.assert_allclose(
-            single.predict(Variables(folded, {}), BATCH),
-            objective.predict(Variables(params, {}), BATCH), atol=1e-5,
-        )  # fmt: skip
+        np.testing.assert_allclose(logits(single, folded), logits(objective, params), atol=1e-5)
 
 
 def test_a_scanned_stack_gives_the_same():
@@ -190,7 +191,7 @@ def test_parameters_are_dropped_not_activations(variant, used):
     objective.loss(variables, BATCH, None)
     np.testing.assert_array_equal(used, every)  # evaluation: none is dropped
     masks = []
-    for seed in range(12):
+    for seed in range(8):
         used.clear()
         objective.loss(variables, BATCH, jax.random.key(seed))
         assert len(used) == LAYERS  # [n, 1 or d] each: one mask for all examples and tokens
@@ -202,7 +203,7 @@ def test_parameters_are_dropped_not_activations(variant, used):
     if variant == "uniform++":
         assert share == 1
     else:
-        assert abs(share - 0.7) < 0.15
+        assert 0.4 < share < 0.95
         assert any(np.any(m[0] != m[1]) for m in masks)  # the shared parameter too
 
 
@@ -226,7 +227,6 @@ D, L, N, R = 768, 12, 8, 48
 HEAD_SIZE = D * D + D + 3 * D + 3
 PUBLISHED = [
     ("glue", "mnli", "scalearn", 73_728 + HEAD_SIZE),
-    ("glue", "mnli", "uniform:softmax", 96 + HEAD_SIZE),
     ("glue", "stsb", "fusion", 3 * D * D * L + 2 * D * L + D * D + D + D + 1),
     ("glue_few_shot", "rte", "adapter", L * (2 * D * R + R + D) + D * D + D + 2 * D + 2),
     ("superglue", "copa", "uniform++", 8 + D * D + D + D + 1),
@@ -330,7 +330,7 @@ def test_probing_trains_every_head_as_if_it_were_alone():
         return jax.grad(lambda p: objective.loss(Variables(p, {}), BATCH, None)[0])(params)
 
     grads = gradient(probing, variables.params)
-    outputs = probing.predict(variables, BATCH)
+    outputs = logits(probing, variables.params)
     for g in range(2):
         alone = inner.replace(fixed=jnp.asarray(grid[g])[None, :, None])
         params = jax.tree.map(lambda x, g=g: x[g], variables.params)
@@ -338,9 +338,7 @@ def test_probing_trains_every_head_as_if_it_were_alone():
         jax.tree.map(
             lambda a, b, g=g: np.testing.assert_allclose(a[g], b, atol=1e-5), grads, expected
         )
-        np.testing.assert_allclose(
-            outputs[g], alone.predict(Variables(params, {}), BATCH), atol=1e-5
-        )
+        np.testing.assert_allclose(outputs[g], logits(alone, params), atol=1e-5)
 
 
 def test_random_adapters_have_the_norms_of_the_true_ones():
@@ -357,10 +355,10 @@ def test_random_adapters_have_the_norms_of_the_true_ones():
 # -- the recipe ---------------------------------------------------------------------------------
 
 TINY = [
-    "sources=plain,flipped,inverted", "targets=rotated", "shots=2", "model.width=16",
+    "sources=plain,flipped", "targets=rotated", "shots=2", "model.width=16",
     "model.depth=2", "adapter.bottleneck=4", "fits.base.steps=10", "fits.source.steps=10",
     "fits.joint.steps=5", "fits.probing.steps=3", "probing=0.0,1.0",
-    "methods=adapter,scalearn,uniform++,fusion,soup,joint,probing",
+    "methods=adapter,scalearn,soup,joint,probing",
     *(f"fits.{name}.{field}" for name in ("adapter", "head", "full", "fusion", "scales")
       for field in ("steps=4", "eval_every=2")),
 ]  # fmt: skip
@@ -395,13 +393,11 @@ def finished(tmp_path_factory):
 def test_the_recipe_trains_what_it_should_on_what_it_may(finished):
     _, workdir, results, given = finished
     table = {row[0]: row[1] for row in results["tables"]["Test scores"]["rows"]}
-    assert set(table) == {
-        "adapter", "scalearn", "uniform++", "fusion", "soup", "joint", "probing",
-    }  # fmt: skip
+    assert set(table) == {"adapter", "scalearn", "soup", "joint", "probing"}
     # The target's own adapter has seen the few examples and no others; nothing else of the target.
     ids = json.loads((workdir / "artifacts/rotated-2-examples.json").read_text())
     assert len(ids) == 20
-    for stage in ("adapter", "scalearn", "uniform-shared", "fusion", "soup", "probing"):
+    for stage in ("adapter", "scalearn", "soup", "probing"):
         assert given[f"rotated-2-{stage}"].indices.tolist() == ids
     mixture = given["rotated-2-joint"]
     assert mixture.sources[-1].indices.tolist() == ids
@@ -415,26 +411,24 @@ def test_the_recipe_trains_what_it_should_on_what_it_may(finished):
     head = 16 * 10 + 10
     single = 2 * (2 * 16 * 4 + 4 + 16)
     assert trained("source-plain") == trained("rotated-2-adapter") == single + head
-    assert trained("rotated-2-scalearn") == 2 * 4 * 16 + head
-    assert trained("rotated-2-uniform-shared") == 4 + head
-    assert trained("rotated-2-fusion") == 2 * (3 * 16**2 + 2 * 16) + head
+    assert trained("rotated-2-scalearn") == 2 * 3 * 16 + head
     assert trained("rotated-2-soup") == head
-    assert trained("rotated-2-joint") == single + 16 * 40 + 40
+    assert trained("rotated-2-joint") == single + 16 * 30 + 30
 
 
 @pytest.mark.slow
 def test_stage_two_runs_from_saved_adapters_in_any_order(finished, tmp_path):
     config, workdir, _, given = finished
-    names = ["source-plain", "source-flipped", "source-inverted", "rotated-2-adapter"]
+    names = ["source-plain", "source-flipped", "rotated-2-adapter"]
     task = Classification(module=scalearn.network(config, 10))
     batch = Pipeline(given["rotated-2-adapter"], 20).example_batch()
     params = task.init(jax.random.key(0), batch).params
     sites = scalearn.find_sites(config, task, params, batch)
     base = trees.partition(params, scalearn.HEAD)[1]
-    order = [2, 0, 1, 3]
+    order = [1, 0, 2]
     bank = scalearn.load_bank(workdir, names, sites)
     moved = scalearn.load_bank(workdir, [names[i] for i in order], sites)
-    w = jax.random.normal(jax.random.key(1), (2, 4, 16))
+    w = jax.random.normal(jax.random.key(1), (2, 3, 16))
     head = {"full": trees.partition(params, scalearn.HEAD)[0]}
     first, second = (
         scalearn.stage_two(config, "scalearn", task, base, sites, bank).predict(
@@ -445,14 +439,14 @@ def test_stage_two_runs_from_saved_adapters_in_any_order(finished, tmp_path):
     np.testing.assert_allclose(first, second, atol=1e-5)
     # Another work directory, no stage 1, another order.
     again = apply_overrides(
-        config, [f"bank={workdir}", "sources=inverted,plain,flipped", "methods=uniform++"]
+        config, [f"bank={workdir}", "sources=flipped,plain", "methods=uniform++"]
     )
     results, _ = run(again, tmp_path / "a")
     assert [p.name for p in (tmp_path / "a" / "stages").iterdir() if "source" in p.name] == []
     stored = json.loads((tmp_path / "a/artifacts/rotated-2-sources.json").read_text())
     before = json.loads((workdir / "artifacts/rotated-2-sources.json").read_text())
-    assert [s for s, _ in stored] == [names[2], names[0], names[1], names[3]]
-    assert dict(stored[:3]).items() <= dict(before).items()  # the same adapters, by digest
+    assert [s for s, _ in stored] == [names[i] for i in order]
+    assert dict(stored[:2]).items() <= dict(before).items()  # the same adapters, by digest
     assert 0 <= results["scalars"]["k = 2, uniform++"] <= 1
 
 
@@ -460,6 +454,7 @@ def test_one_device_and_eight_learn_the_same_scales():
     data = Pipeline(ArraySource({k: np.asarray(v) for k, v in BATCH.items()}), 8, repeat=True)
     config = FitConfig(steps=3, optimizer=OptimizerConfig(learning_rate=1e-2))
     objective = build("uniform++")
+    before = jax.tree.map(np.array, (BASE, BANK))
     one, eight = (
         fit(objective, data, config, layout=Layout(make_mesh({"data": n}, jax.devices()[:n])))
         for n in (1, 8)
@@ -468,6 +463,9 @@ def test_one_device_and_eight_learn_the_same_scales():
     scales = one.params["combination"]["scales"]
     assert np.abs(scales - start).max() > 1e-3
     np.testing.assert_allclose(scales, eight.params["combination"]["scales"], atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, before, (BASE, BANK))  # frozen, bit for bit
+    assert set(one.params) == {"combination", "full"}
+    assert trees.paths(one.params["full"]) == trees.paths(HEAD)
 
 
 @pytest.mark.slow
