@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from transfer_jax.models import partition_rules
 from transfer_jax.nn import SSM_PARAMETERS, S4Layer, SSMKernel
 from transfer_jax.ops import fft_convolve, hippo, ssm
+from transfer_jax.training.sharding import Layout, make_mesh
 from transfer_jax.trees import path_str
 
 L, H, N = 40, 4, 8
@@ -342,3 +343,18 @@ def test_features_sharded_over_devices():
 def test_errors_say_what_would_be_right(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+def test_parameters_split_as_fsdp_would():
+    """Shards with an axis of size 1 once had a layout that the FFT on CPUs refused."""
+    module = S4Layer(8, N, l_max=L)
+    x = jax.random.normal(jax.random.key(1), (8, L, 8))
+    variables = jax.jit(module.init)(jax.random.key(0), x)
+    layout = Layout(make_mesh({"data": 4, "fsdp": 2}), min_size=1)
+    placed = layout.place(variables)
+    assert placed["params"]["ssm"]["c"].sharding.spec == PartitionSpec(None, "fsdp")
+    gradient = jax.jit(jax.grad(lambda variables, x: jnp.sum(module.apply(variables, x) ** 2)))
+    expected = gradient(variables, x)
+    found = gradient(placed, layout.place_batch(x))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)

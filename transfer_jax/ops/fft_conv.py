@@ -51,8 +51,15 @@ def _along_last_axis(transform) -> custom_partitioning:
     return partitioned
 
 
-_local_rfft = _along_last_axis(lambda x, n: jnp.fft.rfft(x, n=n))
-_local_irfft = _along_last_axis(lambda x, n: jnp.fft.irfft(x, n=n))
+def _of_rows(transform, x: Array, n: int) -> Array:
+    # As a matrix of rows: a shard with an axis of size 1 may get a layout that XLA's FFT on CPUs
+    # refuses, although the memory is in order.
+    y = transform(x.reshape(-1, x.shape[-1]), n=n)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+_local_rfft = _along_last_axis(functools.partial(_of_rows, jnp.fft.rfft))
+_local_irfft = _along_last_axis(functools.partial(_of_rows, jnp.fft.irfft))
 
 
 def _multiplicity(n: int) -> np.ndarray:
