@@ -1,8 +1,8 @@
 """UniPT: digits 5 to 9 with a network frozen after digits 0 to 4, and the published settings.
 
 ``mnist`` trains a Vision Transformer of six layers on the digits 0 to 4 and each method on the
-digits 5 to 9 (about 2,000 images to train on and 2,000 to test, all of MNIST's official test part, so
-these are not "MNIST test accuracies"). Test accuracy, seeds 0 and 1 and their mean, of
+digits 5 to 9 (about 2,000 images to train on and 2,000 to test, all of MNIST's official test
+part, so these are not "MNIST test accuracies"). Test accuracy, seeds 0 and 1 and their mean, of
 
     python -m launch.local --config=configs/unipt.py:mnist --workdir=DIR --config.seed=SEED
 
