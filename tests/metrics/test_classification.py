@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from transfer_jax.metrics.classification import macro_f1, matthews, pearson
+from transfer_jax.metrics.classification import f1, macro_f1, matthews, pearson
 
 RNG = np.random.default_rng(0)
 
@@ -22,14 +22,16 @@ def test_matthews_is_its_definition_and_the_correlation_of_two_binary_variables(
 def test_macro_f1_of_classes_and_of_sets_of_labels():
     labels, predictions = RNG.integers(0, 2, (2, 40, 3))
 
-    def f1(p, y):
+    def plain(p, y):
         return 2 * np.sum(p & y) / (p.sum() + y.sum())
 
-    expected = np.mean([f1(predictions[:, c], labels[:, c]) for c in range(3)])
+    expected = np.mean([plain(predictions[:, c], labels[:, c]) for c in range(3)])
     assert macro_f1(predictions, labels) == pytest.approx(expected)
     single, true = predictions.argmax(1), labels.argmax(1)
-    expected = np.mean([f1(single == c, true == c) for c in np.union1d(single, true)])
+    expected = np.mean([plain(single == c, true == c) for c in np.union1d(single, true)])
     assert macro_f1(single, true) == pytest.approx(expected)
+    both = [f1_of(predictions[:, 0], labels[:, 0]) for f1_of in (f1, plain)]
+    assert both[0] == pytest.approx(both[1])
     nothing = np.zeros((40, 3), int)
     assert macro_f1(nothing, nothing) == 0
 

@@ -71,7 +71,6 @@ Array = jax.Array
 Batch = Any
 PyTree = Any
 
-KINDS = ("classes", "score", "labels", "choices")
 PLAIN = ("adapter", "head", "full", "fusion", "static_fusion", "soup", "random", "joint", "probing")
 METHODS = (
     *PLAIN,
