@@ -37,7 +37,7 @@ def macro_f1(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """F1 of class 1 among classes 0 and 1, [N] and [N]; 0 where it is neither predicted nor there."""
+    """F1 of class 1 among classes 0 and 1, [N] each; 0 where it is neither predicted nor there."""
     from sklearn.metrics import f1_score
 
     predictions, labels = _pair(predictions, labels, (1,))
