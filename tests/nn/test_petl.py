@@ -83,12 +83,9 @@ def draw(method, params=PARAMS, model=MODEL, noise=0.3):
 
 
 def run(parts, added, params=PARAMS, **options):
-    @jax.jit
-    def go(added, params):
-        with petl.adapted(parts, added):
-            return forward(params, **options)
-
-    return go(added, params)
+    """Not compiled as a whole: single operations are compiled once for all tests."""
+    with petl.adapted(parts, added):
+        return forward(params, **options)
 
 
 def close(a, b, atol=1e-5):
@@ -110,11 +107,10 @@ IDENTITIES = {
 @pytest.mark.parametrize("name", IDENTITIES)
 def test_starts_as_the_frozen_model_bit_for_bit(name):
     added = draw(IDENTITIES[name], noise=0.0)
-    with petl.adapted(IDENTITIES[name], added):  # not compiled as one: nothing is fused
-        np.testing.assert_array_equal(forward(PARAMS), FROZEN)
+    np.testing.assert_array_equal(run(IDENTITIES[name], added), FROZEN)
     if "no " not in name:  # and does not stay there
-        with petl.adapted(IDENTITIES[name], draw(IDENTITIES[name])):
-            assert not np.allclose(forward(PARAMS), FROZEN, atol=1e-3)
+        moved = run(IDENTITIES[name], perturbed(added, 0.3))
+        assert not np.allclose(moved, FROZEN, atol=1e-3)
 
 
 EVERY = (
@@ -148,7 +144,8 @@ def test_scanned_recomputed_and_cached_decoding_are_the_same_function():
     a, expected = gradient(added, PARAMS, MODEL)
     b, y = gradient(stacked, params, scanned)
     close(y, expected, 2e-5)
-    close(run(EVERY, stacked, params, model=scanned, method="step_by_step"), expected, 2e-5)
+    decode = jax.jit(functools.partial(run, EVERY, model=scanned, method="step_by_step"))
+    close(decode(stacked, params), expected, 2e-5)
     jax.tree.map(lambda x, y: close(x, y, 2e-4), b, stack_layers(a))
     # Every attention's prefix matters: encoder, decoder and cross.
     for path, x in zip(trees.paths(b["prefix"]), jax.tree.leaves(b["prefix"])):
@@ -400,9 +397,7 @@ def test_lora_is_its_merged_weights(scan):
         model = Toy(dataclasses.replace(ENCODER, scan=True))
         added, params = stack_layers(added), stack_layers(params)
     merged = petl.merge(method, added, params)
-    close(
-        run(method, added, params, model=model), jax.jit(forward, static_argnums=1)(merged, model)
-    )
+    close(run(method, added, params, model=model), forward(merged, model))
     back = petl.merge(method, added, merged, undo=True)
     jax.tree.map(lambda a, b: close(a, b, 1e-6), back, params)
     kernel = params["encoder"]["layers" if scan else "layers_0"]["attention"]["query"]["kernel"]
@@ -423,7 +418,6 @@ def test_prompts_stand_before_the_inputs_without_a_position():
     embedded = PARAMS["tokens"]["embedding"]
     longer = jnp.concatenate([jnp.broadcast_to(rows, (B, 3, 8)), embedded[SOURCE]], axis=1)
 
-    @jax.jit
     def by_hand(params):
         def body(model):
             context = model.encoder(model.embedding_norm(longer), lengths=LENGTHS + 3)
