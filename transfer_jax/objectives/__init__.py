@@ -1,7 +1,13 @@
 """The objective protocol, the basic objectives, and the transformations that make methods."""
 
 from transfer_jax.objectives.base import Aux, Mean, Objective, Transformed, Variables
+from transfer_jax.objectives.contrastive import (
+    ImageTextClassification,
+    ZeroShotClassification,
+)
 from transfer_jax.objectives.distil import Distilled, DistilledObjective
+from transfer_jax.objectives.frozen import Frozen, cache_features
+from transfer_jax.objectives.matching import PairMatching
 from transfer_jax.objectives.penalize import LinearFloor, Penalized, PenalizedObjective
 from transfer_jax.objectives.petl import Adapted
 from transfer_jax.objectives.reparameterize import LowRank, ReparameterizedObjective, Trainable
@@ -21,12 +27,15 @@ __all__ = [
     "Classification",
     "Distilled",
     "DistilledObjective",
+    "Frozen",
+    "ImageTextClassification",
     "LinearFloor",
     "LowRank",
     "Mean",
     "ModuleObjective",
     "NextToken",
     "Objective",
+    "PairMatching",
     "Penalized",
     "PenalizedObjective",
     "Regression",
@@ -36,5 +45,7 @@ __all__ = [
     "Transformed",
     "Variables",
     "WarmStart",
+    "ZeroShotClassification",
+    "cache_features",
     "example_mask",
 ]
