@@ -2,8 +2,8 @@
 
 Measured on 2 CPU cores that other jobs shared.
 
-``fisher_optdigits``: five tasks of permuted optdigits, one after the other; accuracy over the five at
-the end, mean and standard deviation over the seeds 0, 1, 2, and mean forgetting, of
+``fisher_optdigits``: five tasks of permuted optdigits, one after the other; accuracy over the five
+at the end, mean and standard deviation over the seeds 0, 1, 2, and mean forgetting, of
 
     python -m launch.local --config=configs/cstrl.py:fisher_optdigits --workdir=DIR \\
       --config.seed=SEED --config.enforce=False
@@ -26,14 +26,51 @@ with TRANSFER_JAX_DATA set; about 2.5 minutes of processor time each.
     batched, 32          1000     0.769 +- 0.026  0.206
     batched, 32         10000     diverged (3 of 3)        0.789 +- 0.050  0.184
 
-Required, and held in every seed: EWC (exact or empirical, lambda 10) >= 0.70, >= fine-tuning + 0.30,
->= the better L2 + 0.08; the proximal step stays finite where the gradient step diverges. Held in two
-of three seeds: the trace of the empirical diagonal is 20 to 60 times that of the batched one (25.3,
-18.0, 28.5). With lambda chosen anew the batched shortcut is as good; what it breaks is the
-meaning of lambda, which then depends on the batch size. The proximal step is the weaker one at
-equal lambda (momentum does not see the penalty) and the better one at large lambda.
+Required, and held with every seed: EWC (exact or empirical, lambda 10) >= 0.70, >= fine-tuning
++ 0.30, >= the better L2 + 0.08; the proximal step stays finite where the gradient step diverges.
+Held with two of three seeds: the trace of the empirical diagonal is 20 to 60 times that of the
+batched one (25.3, 18.0, 28.5). With lambda chosen anew the batched shortcut is as good; what it
+breaks is the meaning of lambda, which then depends on the batch size. The proximal step is the
+weaker one at lambda 10 (the momentum does not see the penalty) and the best one at 300.
+``fisher``, with scikit-learn's digits, seed 0: fine-tuning 0.372, the better L2 0.618, exact at
+lambda 10 0.873; one minute of processor time.
 
-REPORTS
+``open_i``, with fewer steps than the variant has so that three seeds took 20 minutes of processor
+time, of
+
+    python -m launch.local --config=configs/cstrl.py:open_i --workdir=DIR --config.seed=SEED \\
+      --config.gsg.fit.steps=1200 --config.gsg.fit.eval_every=200 --config.summary.fit.steps=400
+
+Validation, nats per token: of summaries, and of gap sentences (what is left of stage 1). Mean and
+standard deviation over the seeds 0, 1, 2; without a deviation, seed 0 alone:
+
+                             300 pairs                     2106 pairs
+                             summary        gaps           summary        gaps
+    from scratch             4.12                          3.49 +- 0.06
+    fine-tuning              4.07 +- 0.01   4.19 +- 0.09   2.98 +- 0.03   3.39 +- 0.08
+    L2, 100 x mean of F      4.12           3.87           3.12 +- 0.03   3.07 +- 0.13
+    EWC, lambda 100          4.04           3.72           3.05 +- 0.03   3.00 +- 0.13
+    EWC, 100 falling to 22   4.06           3.89           3.00           3.16
+    EWC, lambda 1000         3.85 +- 0.01   2.83 +- 0.11   3.33           2.71
+
+Required, and held with every seed (means in brackets): fine-tuning after gap sentences beats
+scratch by 0.3 (0.52); EWC at lambda 100 keeps gap sentences 0.2 below fine-tuning (0.39) for at
+most 0.15 in summaries (0.07), and is better than the matched L2 on both (0.08 and 0.07); with 300
+pairs EWC at lambda 1000 lowers the loss of summaries itself by 0.1 (0.22).
+
+None of this makes a good summariser. ROUGE-1 on the 263 test reports (means): nearest neighbour
+by TF-IDF 0.542, EWC 0.484, fine-tuning 0.484, L2 0.478, scratch 0.461, constant 0.416, LexRank
+0.114, first sentence 0.104. Every network is below retrieval, EWC does not differ from fine-tuning,
+and the paper's gain of 2.3 points does not show at this size. The label F1 of networks (0.69) is
+that of the constant sentence. Precision of single words without the brevity penalty, the paper's
+"BLEU-1", would rank the constant sentence (0.58) above retrieval (0.56) and fine-tuning (0.55).
+
+``grammar``, seed 0, two minutes of processor time: gap sentences do not help there (its conclusions
+are in other words than its findings): loss of summaries from scratch 0.40, fine-tuning 0.45, EWC
+0.45; ROUGE-1 0.92, 0.75, 0.75, retrieval 0.89. EWC and L2 keep gap sentences alike (1.85,
+fine-tuning 2.00). The student alone is better than the distilled one (0.35 and 0.49). It shows that
+the stages run, nothing more. ``t5_small`` and ``released`` have not been trained: they are lowered
+at full size in the tests.
 """
 
 from typing import Any
@@ -43,7 +80,7 @@ import ml_collections
 from transfer_jax.training import base_config, fit_config
 
 VARIANTS = {
-    "grammar": "all stages on reports from a grammar; no files, about three minutes on two cores",
+    "grammar": "all stages on reports from a grammar; no files, two minutes of processor time",
     "open_i": "the stages on Open-I, with all pairs and with 300 (needs TRANSFER_JAX_DATA)",
     "t5_small": "the published setting on reports from a CSV file such as MIMIC-CXR's: "
     "--config.data.path=FILE --config.data.tokenizer=FILE --config.pretrained=DIRECTORY",
@@ -133,9 +170,7 @@ def _reports() -> ml_collections.ConfigDict:
     config.decode = ml_collections.ConfigDict(
         {"max_new_tokens": 32, "num_beams": 1, "length_penalty": 1.0, "no_repeat_ngram": 0}
     )
-    config.required = ml_collections.ConfigDict(
-        {"transfer": 0.3, "kept": 0.2, "cost": 0.15, "few": 0.1}
-    )
+    config.required = ml_collections.ConfigDict()
     config.enforce = False
     return config
 
@@ -149,6 +184,10 @@ def _open_i(config: ml_collections.ConfigDict) -> None:
     config.methods = ("scratch", "fine-tuning", "l2", "ewc", "ewc-falling", "ewc-strong")
     config.few_methods = config.methods
     config.kd.scale = "none"
+    # Of means over seeds, so a single run only reports them.
+    config.required = ml_collections.ConfigDict(
+        {"transfer": 0.3, "kept": 0.2, "cost": 0.15, "few": 0.1}
+    )
 
 
 def _t5_small(config: ml_collections.ConfigDict, released: bool) -> None:

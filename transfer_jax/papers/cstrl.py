@@ -388,7 +388,8 @@ def reports(exp: Experiment) -> None:
         texts |= students(exp, corpus, task, fitted[cfg.kd.teacher].variables)
 
     _compare_texts(exp, corpus, texts)
-    _require(exp, _report_requirements(cfg, {(row[0], row[1]): row[2:4] for row in rows}))
+    if len(cfg.required):
+        _require(exp, _report_requirements(cfg, {(row[0], row[1]): row[2:4] for row in rows}))
 
 
 def _training(exp: Experiment, name: str, source: ArraySource, batch_size: int) -> Pipeline:
