@@ -2,8 +2,8 @@
 
 import concurrent.futures
 import os
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +13,32 @@ from transfer_jax.trees.arithmetic import wide
 from transfer_jax.trees.paths import Array, PyTree, check_same
 
 
-def order_statistics(arrays: Iterable[Array], ranks: Sequence[int]) -> list[Array]:
+class Difference(NamedTuple):
+    """The numbers ``model - base`` of two arrays of one shape, to be formed a block at a time."""
+
+    base: Array
+    model: Array
+
+
+Numbers = Array | Difference
+
+
+def order_statistics(arrays: Sequence[Numbers], ranks: Sequence[int]) -> list[Array]:
     """Returns the magnitudes that would be at ``ranks`` if all of them were sorted, ascending.
 
     Exact, and without a sort: by selection for arrays in host memory; elsewhere, and under
     ``jit``, by 31 passes that count (the bits of a positive float32 are ordered as it is).
 
     Args:
-      arrays: taken together as one list of numbers. For arrays in host memory any collection that
-        can be iterated over several times, such as one that computes or reads them one by one.
+      arrays: arrays, or ``Difference``s of arrays, taken together as one list of numbers.
       ranks: counted from 0.
 
     >>> [float(x) for x in order_statistics([jnp.array([3.0, -1.0]), jnp.array([2.0])], [0, 2])]
     [1.0, 3.0]
     """
-    if all(_on_host(x) for x in (arrays if isinstance(arrays, list) else [next(iter(arrays))])):
+    if all(_on_host(x) for x in arrays):
         return [jnp.asarray(_select_on_host(arrays, rank)) for rank in ranks]
-    parts = [jnp.abs(wide(x)) for x in arrays]
+    parts = [_magnitudes(x) for x in arrays]
     if any(x.dtype != jnp.float32 for x in parts):
         ordered = jnp.sort(jnp.concatenate([x.ravel() for x in parts]))
         return [ordered[r] for r in ranks]
@@ -50,7 +59,19 @@ def order_statistics(arrays: Iterable[Array], ranks: Sequence[int]) -> list[Arra
     return [search(r) for r in ranks]
 
 
-def _on_host(x: Array) -> bool:
+def _magnitudes(x: Numbers) -> Array:
+    if isinstance(x, Difference):
+        return jnp.abs(wide(x.model) - wide(x.base))
+    return jnp.abs(wide(x))
+
+
+def _size(x: Numbers) -> int:
+    return jnp.size(x.model if isinstance(x, Difference) else x)
+
+
+def _on_host(x: Numbers) -> bool:
+    if isinstance(x, Difference):
+        return _on_host(x.base) and _on_host(x.model)
     if isinstance(x, jax.core.Tracer):
         return False
     if isinstance(x, jax.Array):
@@ -60,36 +81,41 @@ def _on_host(x: Array) -> bool:
 
 
 _SAMPLED = 509  # One in so many; a prime, so that samples wander over the rows of a matrix.
+_BLOCK = 1 << 16  # Numbers that are worked on at a time: they stay in the cache.
 
 
-def _select_on_host(arrays: Iterable[Array], rank: int) -> np.ndarray:
-    samples, size = [], 0
-    for x in arrays:
-        samples.append(_host_magnitudes(x, _SAMPLED))
-        size += jnp.size(x)
-    sample = np.sort(np.concatenate(samples))
+def _select_on_host(arrays: Sequence[Numbers], rank: int) -> np.ndarray:
+    sample = np.sort(np.concatenate([_host_magnitudes(x, step=_SAMPLED) for x in arrays]))
     # Bounds that the sought number is almost certainly between, by the spread of a binomial.
-    fraction = rank / size
+    fraction = rank / sum(_size(x) for x in arrays)
     margin = 4 * np.sqrt(sample.size * fraction * (1 - fraction)) + 2
     first, last = int(fraction * sample.size - margin), int(fraction * sample.size + margin)
     low = sample[first] if first >= 0 else 0.0
     high = sample[last] if last < sample.size else np.inf
     below, between = 0, []
     for x in arrays:
-        magnitudes = _host_magnitudes(x)
-        below += int(np.count_nonzero(magnitudes < low))
-        between.append(magnitudes[(magnitudes >= low) & (magnitudes <= high)])
+        for start in range(0, _size(x), _BLOCK):
+            magnitudes = _host_magnitudes(x, start, start + _BLOCK)
+            below += int(np.count_nonzero(magnitudes < low))
+            between.append(magnitudes[(magnitudes >= low) & (magnitudes <= high)])
     candidates = np.concatenate(between)
     if not below <= rank < below + candidates.size:  # The sample misled, or there are NaNs.
         below, candidates = 0, np.concatenate([_host_magnitudes(x) for x in arrays])
     return np.partition(candidates, rank - below)[rank - below]
 
 
-def _host_magnitudes(x: Array, step: int = 1) -> np.ndarray:
-    flat = np.asarray(x).ravel()[::step]
-    if flat.dtype.itemsize < 4:
-        flat = flat.astype(np.float32)
-    return np.abs(flat)
+def _host_magnitudes(
+    x: Numbers, start: int = 0, stop: int | None = None, step: int = 1
+) -> np.ndarray:
+    """Magnitudes of some of the numbers, float32 or wider."""
+    chosen = []
+    for part in x if isinstance(x, Difference) else (x,):
+        flat = np.asarray(part).reshape(-1)[start:stop:step]
+        chosen.append(flat.astype(np.float32) if flat.dtype.itemsize < 4 else flat)
+    if len(chosen) == 1:
+        return np.abs(chosen[0])
+    difference = chosen[1] - chosen[0]
+    return np.abs(difference, out=None if np.iscomplexobj(difference) else difference)
 
 
 def map_on_host(function: Callable[[int], Array], num: int, arrays: Sequence[Array]) -> list[Array]:
@@ -134,7 +160,7 @@ def magnitude_mask(tree: PyTree, keep: float, scope: Literal["leaf", "global"] =
     return jax.tree.map(lambda x: jnp.abs(wide(x)) >= smallest, tree)
 
 
-def smallest_kept(arrays: Iterable[Array], keep: float) -> Array:
+def smallest_kept(arrays: Sequence[Numbers], keep: float) -> Array:
     """Returns the smallest magnitude among the fraction ``keep`` of largest ones.
 
     Args:
@@ -144,7 +170,7 @@ def smallest_kept(arrays: Iterable[Array], keep: float) -> Array:
     >>> smallest_kept([jnp.array([3.0, -1.0]), jnp.array([2.0])], 0.7)
     Array(2., dtype=float32)
     """
-    size = sum(jnp.size(x) for x in arrays)
+    size = sum(_size(x) for x in arrays)
     if keep >= 1 or size == 0:
         return jnp.float32(0)
     return order_statistics(arrays, [size - num_kept(keep, size)])[0]

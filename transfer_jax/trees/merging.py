@@ -6,11 +6,10 @@ Names of methods and options are those of mergekit where it has them. Everything
 float32 (or wider); the result has the dtype and the sharding of the base.
 """
 
-import dataclasses
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +25,13 @@ from transfer_jax.trees.arithmetic import (
     wide,
 )
 from transfer_jax.trees.blocks import first_match, group_paths
-from transfer_jax.trees.masks import map_on_host, num_kept, order_statistics, smallest_kept
+from transfer_jax.trees.masks import (
+    Difference,
+    map_on_host,
+    num_kept,
+    order_statistics,
+    smallest_kept,
+)
 from transfer_jax.trees.paths import Array, PyTree, check_same, leaf_key, map_with_path, path_str
 
 # --- The methods ------------------------------------------------------------------------------
@@ -584,22 +589,6 @@ def _compiled(
     return merged.astype(dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Changes:
-    """The magnitudes of a model's deltas, computed leaf by leaf whenever they are iterated over."""
-
-    base: Sequence[Array]
-    model: Sequence[Array]
-
-    def __iter__(self) -> Iterator[Array]:
-        return map(_delta, self.base, self.model)
-
-
-@jax.jit
-def _delta(base: Array, model: Array) -> Array:
-    return jnp.abs(wide(model) - wide(base))
-
-
 def _leaf_thresholds(
     path: str, base: Any, models: Sequence[Array], vectors: bool, options: Mapping[str, Any]
 ) -> Array:
@@ -608,19 +597,20 @@ def _leaf_thresholds(
     density = _fractions("density", options["density"], path, num)
 
     def of_ties(i: int) -> Array:
-        return smallest_kept([models[i] if vectors else _delta(base, models[i])], density[i])
+        return smallest_kept([models[i] if vectors else Difference(base, models[i])], density[i])
 
     if "gamma" not in options:
         return jnp.stack(map_on_host(of_ties, num, models))
     gamma = _fractions("gamma", options["gamma"], path, num)
 
     def of_breadcrumbs(i: int) -> Array:
-        delta = jnp.asarray(models[i]) if vectors else _delta(base, models[i])
+        delta = models[i] if vectors else Difference(base, models[i])
+        size = jnp.size(models[i])
         if density[i] >= 1:
             return jnp.array([0.0, jnp.inf])
-        kept = num_kept(density[i], delta.size)
+        kept = num_kept(density[i], size)
         # As many outliers as leave room for the fraction to be kept.
-        first = max(0, delta.size - kept - int(gamma[i] * delta.size))
+        first = max(0, size - kept - int(gamma[i] * size))
         return jnp.stack(order_statistics([delta], [first, first + kept - 1]))
 
     return jnp.stack(map_on_host(of_breadcrumbs, num, models))
@@ -636,9 +626,9 @@ def _global_thresholds(
 
     def of_model(i: int) -> Array:
         leaves = jax.tree.leaves(models[i])
-        return smallest_kept(
-            leaves if vectors else _Changes(jax.tree.leaves(base), leaves), fractions[i]
-        )
+        if not vectors:
+            leaves = list(map(Difference, jax.tree.leaves(base), leaves))
+        return smallest_kept(leaves, fractions[i])
 
     return jnp.stack(map_on_host(of_model, len(models), jax.tree.leaves(models)))
 
