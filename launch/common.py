@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from transfer_jax import configuration
 from transfer_jax.configuration import ConfigError
-from transfer_jax.training.files import as_path, is_remote
+from transfer_jax.training.files import check_address, is_remote
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,7 +104,7 @@ def resolve(config: str, workdir: str | None, overrides: Sequence[str]) -> Job:
     configuration.apply_overrides(configuration.load_config(config), overrides)
     default = "/".join(("runs", "-".join(filter(None, spec[1:]))))
     if workdir is not None:
-        as_path(workdir)  # refuses what is no address of a work directory
+        check_address(workdir)
     return Job(config, workdir or default, tuple(overrides))
 
 
@@ -121,7 +121,7 @@ def resolve_packaged(config: str, workdir: str | None, overrides: Sequence[str])
             f"{path} does not travel with the package: put it into {ROOT / 'configs'} and its "
             "recipe into transfer_jax/papers."
         )
-    if workdir is None or not is_remote(as_path(workdir)):
+    if workdir is None or not is_remote(workdir):
         raise ConfigError(
             f"--workdir={workdir or ''} must be in an object store that every machine of the job "
             "reaches: gs://BUCKET/DIRECTORY."

@@ -141,28 +141,3 @@ def test_killed_at_random_steps_and_restarted(start, reference, tmp_path):
         assert not (workdir / "results.json").exists()
     finish(start(workdir))
     assert_same(workdir, reference)
-
-
-@pytest.mark.slow
-def test_terminated_on_one_process_and_restarted_with_two(start, reference, tmp_path):
-    """The same example sequence; the parameters agree within float tolerance."""
-    workdir = tmp_path / "run"
-    process = start(workdir)
-    at_step(process, workdir, "pretrain", 4)
-    process.send_signal(signal.SIGTERM)
-    output = finish(process, code=75)
-    assert "resume, run the same command" in output
-    finish(start(workdir, "--processes=2"))
-    for stage in STAGES:
-        for ours, theirs in zip(metrics(workdir, stage), metrics(reference, stage), strict=True):
-            assert ours.keys() == theirs.keys()
-            assert ours["step"] == theirs["step"]
-        ours, theirs = parameters(workdir, stage), parameters(reference, stage)
-        for name in ours:
-            np.testing.assert_allclose(
-                ours[name], theirs[name], rtol=2e-2, atol=2e-3, err_msg=f"{stage} {name}"
-            )
-    ours = metrics(workdir, "pretrain")
-    for a, b in zip(ours, metrics(reference, "pretrain")):
-        if "train/loss" in a:
-            np.testing.assert_allclose(a["train/loss"], b["train/loss"], rtol=1e-4)

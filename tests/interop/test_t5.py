@@ -150,7 +150,7 @@ def test_padding_and_dropout_in_the_objective(model):
 def test_the_vocabulary_grows_and_shrinks(model):
     _, _, (module, params, _) = model
     larger, more = resize_vocabulary(module, params, V + 8)
-    logits = larger.apply({"params": more}, TOKENS, TARGET)
+    logits = larger.apply({"params": more}, TOKENS, TARGET, lengths=LENGTHS)
     assert logits.shape[-1] == V + 8
     before = apply(module, {"params": params}, TOKENS, TARGET, lengths=LENGTHS)
     np.testing.assert_allclose(logits[..., :V], before, atol=1e-5)

@@ -18,12 +18,9 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     Raises:
       ConfigError: another kind of address, or the package that knows this one is not installed.
     """
-    text = os.fspath(path)
-    prefix = text[: text.find("://") + 3] if "://" in text else ""
+    text, prefix = os.fspath(path), check_address(path)
     if not prefix:
         return Path(path)
-    if prefix not in _REMOTE:
-        raise ConfigError(f"{text} is no work directory: use a local path, gs://… or s3://….")
     from importlib.util import find_spec
 
     if find_spec(_REMOTE[prefix]) is None:
@@ -34,8 +31,23 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     return epath.Path(text)  # type: ignore[return-value]  # a pathlib path in all but name
 
 
-def is_remote(path: Path) -> bool:
-    """Whether a path of ``as_path`` lies in an object store: no append, no rename in one piece."""
+def check_address(path: str | os.PathLike[str]) -> str:
+    """Returns the scheme of an address, such as ``gs://``, or nothing for a local path.
+
+    The package that knows the address need not be here: who launches a job does not read from it.
+
+    Raises:
+      ConfigError: another kind of address.
+    """
+    text = os.fspath(path)
+    prefix = text[: text.find("://") + 3] if "://" in text else ""
+    if prefix and prefix not in _REMOTE:
+        raise ConfigError(f"{text} is no work directory: use a local path, gs://… or s3://….")
+    return prefix
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path lies in an object store: no append, no rename in one piece."""
     return "://" in os.fspath(path)
 
 
