@@ -3,8 +3,9 @@
     python benchmarks/petl.py [--layers=2] [--batch=8] [--length=128] [--only=training]
 
 * A training step of a classifier with layers of BERT-base's shape: full fine-tuning, LoRA of rank 8
-  at queries and values, and MAM (prefixes of 16, bottlenecks of 16), each with AdamW. In PyTorch,
-  LoRA and prefixes are those of peft; the adapters beside the feed-forward layers are written here.
+  at queries and values, MAM (prefixes of 16, bottlenecks of 16) and UniPT (384 wide, beside the
+  network), each with AdamW. In PyTorch, LoRA and prefixes are those of peft; the adapters beside
+  the feed-forward layers are written here. Beside UniPT, which peft has not, stands its LoRA.
 * Greedy generation with a cache, of GPT-2's shape, beside ``generate`` of transformers.
 
 Every row is a process of its own, whose peak memory beyond the imported libraries is printed: it
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-METHODS = ("full", "lora", "mam")
+METHODS = ("full", "lora", "mam", "unipt")
 VOCABULARY, CLASSES = 30_522, 2
 
 
@@ -62,7 +63,9 @@ def ours_training(method: str, options: argparse.Namespace) -> dict[str, float]:
 
     from transfer_jax.models import Bert, BertConfig, bert_stack
     from transfer_jax.nn import petl
-    from transfer_jax.objectives import Adapted, Classification, WarmStart
+    from transfer_jax.nn.unipt import UniPT, unipt_config
+    from transfer_jax.objectives import Adapted, Classification, Frozen, Variables, WarmStart
+    from transfer_jax.papers.unipt import StatesClassifier
 
     before = resident()
     tokens, labels = data(options)
@@ -79,8 +82,16 @@ def ours_training(method: str, options: argparse.Namespace) -> dict[str, float]:
     }  # fmt: skip
     params = jax.jit(task.init)(jax.random.key(0), batch).params
     start = WarmStart(inner=task, params=params)
-    train = None if method == "full" else "^(pooler|classifier)"
-    objective = Adapted.of(start, params, methods[method], train=train)
+    objective: Any
+    if method == "unipt":
+        reader = UniPT(unipt_config("clip_vil"))
+        objective = Frozen(
+            inner=Classification(module=StatesClassifier(CLASSES, reader, hidden=768)),
+            variables=Variables(params, {}), module=module, method=_states,
+        )  # fmt: skip
+    else:
+        train = None if method == "full" else "^(pooler|classifier)"
+        objective = Adapted.of(start, params, methods[method], train=train)
     variables = jax.jit(lambda o, b: o.init(jax.random.key(0), b))(objective, batch)
     objective = objective.release()
     del params, start
@@ -114,6 +125,10 @@ def ours_training(method: str, options: argparse.Namespace) -> dict[str, float]:
     return {"seconds": taken, "memory": peak() - before, "temporaries": temporaries}
 
 
+def _states(module: Any, inputs: Any) -> Any:
+    return module.features(inputs, hidden_states=True)[1]
+
+
 def theirs_training(method: str, options: argparse.Namespace) -> dict[str, float]:
     import peft
     import torch
@@ -126,7 +141,7 @@ def theirs_training(method: str, options: argparse.Namespace) -> dict[str, float
         attention_probs_dropout_prob=0.0, num_labels=CLASSES,
     )  # fmt: skip
     model: Any = transformers.BertForSequenceClassification(config)
-    if method == "lora":
+    if method in ("lora", "unipt"):
         settings = peft.LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"])
         model = peft.get_peft_model(model, settings)
     if method == "mam":
