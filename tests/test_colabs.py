@@ -12,7 +12,7 @@ pytest.importorskip("ipykernel")
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
-# What is shortened here: trainings whose length the notebook's reader would not want to spare.
+# Trainings that are shorter here than in the notebook.
 SHORTENED = {
     "quickstart": (
         'config = tj.get_config("quickstart")',
