@@ -80,14 +80,17 @@ def _on_host(x: Numbers) -> bool:
     return True
 
 
-_SAMPLED = 509  # One in so many; a prime, so that samples wander over the rows of a matrix.
 _BLOCK = 1 << 16  # Numbers that are worked on at a time: they stay in the cache.
 
 
 def _select_on_host(arrays: Sequence[Numbers], rank: int) -> np.ndarray:
-    sample = np.sort(np.concatenate([_host_magnitudes(x, step=_SAMPLED) for x in arrays]))
+    size = sum(_size(x) for x in arrays)
+    # As many samples as make sorting them and selecting between the bounds cost about the same; an
+    # odd step wanders over the rows of a matrix.
+    step = int(size ** (1 / 3)) | 1
+    sample = np.sort(np.concatenate([_host_magnitudes(x, step=step) for x in arrays]))
     # Bounds that the sought number is almost certainly between, by the spread of a binomial.
-    fraction = rank / sum(_size(x) for x in arrays)
+    fraction = rank / size
     margin = 4 * np.sqrt(sample.size * fraction * (1 - fraction)) + 2
     first, last = int(fraction * sample.size - margin), int(fraction * sample.size + margin)
     low = sample[first] if first >= 0 else 0.0
