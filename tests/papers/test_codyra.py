@@ -27,6 +27,7 @@ from transfer_jax.papers.codyra import GatedLowRank, GatePenalty, Prototypes, Th
 from transfer_jax.training import Experiment, FitConfig, Layout, OptimizerConfig, fit, make_mesh
 from transfer_jax.training.aot import lower_step
 from transfer_jax.training.loop import TrainState, make_step
+from transfer_jax.training.sharding import bytes_per_device
 
 ONE = Layout(make_mesh({"data": 1}, jax.devices()[:1]))
 
@@ -478,6 +479,12 @@ def test_the_published_setting_has_the_published_size_and_lowers():
     sizes = [math.prod(x.shape) for x in jax.tree.leaves(objective.base)]
     assert sum(sizes) == 149_620_737  # CLIP's own; what is deployed has no more
     assert "sdy.mesh" in lowered.as_text() or "mhlo.num_partitions = 8" in lowered.as_text()
+    memory = lowered.compile().memory_analysis()
+    print(
+        f"\nMiB on a device: arrays {bytes_per_device(arrays) / 2**20:.0f}, "
+        f"temporaries {memory.temp_size_in_bytes / 2**20:.0f}"
+    )
+    assert memory.argument_size_in_bytes > bytes_per_device(arrays)
     a = arrays["params"]["image"]["stack"]["layers"]["mlp"]["up"]["kernel"]
     assert a["a"].sharding.shard_shape(a["a"].shape) == (12, 384, 16)  # follows the input axis
     assert a["b"].sharding.shard_shape(a["b"].shape) == (12, 16, 1536)  # the output axis

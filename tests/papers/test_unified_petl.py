@@ -140,13 +140,18 @@ def test_published_settings_lower_with_the_published_numbers(variant):
     rules = tuple((pattern, PartitionSpec(*spec)) for pattern, spec in config.sharding.rules)
     objective, batch, settings = unified_petl.plan(config)
     layout = Layout(make_mesh({"data": 4, "model": 2}), rules, config.sharding.min_size)
-    _, arrays = lower_step(objective, batch, settings, layout)
+    lowered, arrays = lower_step(objective, batch, settings, layout)
     added = arrays["params"]["added"]
     assert petl.count(objective.method, added) == PUBLISHED[variant]
     assert not jax.tree.leaves(arrays["params"]["full"])
     mib = {name: bytes_per_device({name: tree}) / 2**20 for name, tree in arrays.items()}
     print(f"\n{variant}, MiB on a device: " + ", ".join(f"{k} {v:.1f}" for k, v in mib.items()))
     print(placement_table(arrays["params"]))
+    if variant in ("mnli_large", "xsum"):
+        memory = lowered.compile().memory_analysis()
+        print(f"temporaries {memory.temp_size_in_bytes / 2**20:.0f} MiB on a device")
+        # What stays on the devices, and little else: the batch is small.
+        assert memory.argument_size_in_bytes == pytest.approx(bytes_per_device(arrays), rel=0.01)
     for kernel in ("down", "up"):
         x = added["adapter_ffn"]
         while "mlp" not in x:
