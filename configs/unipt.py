@@ -45,8 +45,8 @@ above): held in two seeds, not on the mean. At most half the time of a LoRA step
 points below full fine-tuning (3.3, 1.9 and 2.6): held in each.
 
 Ablations, on digits, seed 0 alone and a rate of 0.003, where a difference of 0.02 means little:
-UniPT 0.944, softmax attention 0.937, without I 0.911, mean over the layers 0.963, confidence without
-the anchor 0.952, every other layer 0.941.
+UniPT 0.944, softmax attention 0.937, without I 0.911, mean over the layers 0.963, confidence
+without the anchor 0.952, every other layer 0.941.
 
 ``memory`` needs no data. The compiler's numbers for a step of Adam, batch 64, 26 tokens, width
 64, on one CPU device: temporaries in MiB, and in brackets the share of full fine-tuning's peak
