@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from transfer_jax.models.encoder_decoder import EncoderDecoder
 from transfer_jax.nn.transformer import StackState, TransformerConfig, TransformerStack, make_norm
 
 Array = jax.Array
@@ -65,7 +66,7 @@ def bart_stack(**fields: Any) -> TransformerConfig:
     return TransformerConfig(**{**base, **fields})
 
 
-class Bart(nn.Module):
+class Bart(EncoderDecoder):
     """Tokens, and the target's tokens so far, to logits of the target's next ones.
 
     Attributes:
@@ -112,7 +113,8 @@ class Bart(nn.Module):
         x = norm(x + table(c.position_offset + start + jnp.arange(tokens.shape[1])))
         return self.drop(x, deterministic=False) if train else x
 
-    def _embed_target(self, tokens: Array, start: Array | int, train: bool = False) -> Array:
+    def embed_target(self, tokens: Array, start: Array | int, train: bool = False) -> Array:
+        """Embedded tokens [B, T, H] of a target, of which the first is at position ``start``."""
         return self._embed(
             tokens, self.decoder_positions, self.decoder_embedding_norm, start, train
         )
@@ -153,7 +155,7 @@ class Bart(nn.Module):
         Returns:
           [B, T, H].
         """
-        x = self._embed_target(decoder_inputs, 0, train)
+        x = self.embed_target(decoder_inputs, 0, train)
         return self.decoder(
             x, lengths=lengths, context=context, context_lengths=context_lengths,
             hidden_states=hidden_states, train=train,
@@ -164,50 +166,7 @@ class Bart(nn.Module):
         bias = jax.lax.stop_gradient(self.output_bias)
         return self.tokens.attend(features).astype(jnp.float32) + bias
 
-    def __call__(
-        self,
-        inputs: Array,
-        decoder_inputs: Array,
-        *,
-        lengths: Array | None = None,
-        decoder_lengths: Array | None = None,
-        train: bool = False,
-    ) -> Array:
-        """Maps a source and a shifted target to what the head gives.
-
-        Args:
-          inputs: int [B, S].
-          decoder_inputs: int [B, T].
-          lengths: int [B], valid tokens of ``inputs``; None = all.
-          decoder_lengths: int [B], valid tokens of ``decoder_inputs``.
-          train: dropout on.
-
-        Returns:
-          float32 logits [B, T, V], or features [B, T, H].
-        """
-        context = self.encode(inputs, lengths=lengths, train=train)
-        x = self.decode(
-            decoder_inputs, context, context_lengths=lengths, lengths=decoder_lengths, train=train
-        )
-        return self.logits(x) if self.config.head == "lm" else x
-
     def start(self, inputs: Array, *, lengths: Array | None = None, max_length: int) -> StackState:
-        """The state before a target's first token.
-
-        Args:
-          inputs: int [B, S].
-          lengths: int [B], valid tokens of ``inputs``.
-          max_length: how many tokens the decoder will be given.
-        """
+        """As ``EncoderDecoder.start``; the positions must suffice for ``max_length``."""
         self._check(max_length)
-        context = self.encode(inputs, lengths=lengths)
-        nothing = self._embed_target(inputs[:, :0], 0)
-        return self.decoder.decode(
-            nothing, max_length=max_length, context=context, context_lengths=lengths
-        )[1]
-
-    def step_logits(self, tokens: Array, state: StackState) -> tuple[Array, StackState]:
-        """Logits [B, V] after one more token [B] of the target, and the next state."""
-        x = self._embed_target(tokens[:, None], state.position)
-        x, state = self.decoder.decode(x, state)
-        return self.logits(x[:, 0]), state
+        return super().start(inputs, lengths=lengths, max_length=max_length)

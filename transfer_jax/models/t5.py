@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from transfer_jax.nn.transformer import StackState, TransformerConfig, TransformerStack
+from transfer_jax.models.encoder_decoder import EncoderDecoder
+from transfer_jax.nn.transformer import TransformerConfig, TransformerStack
 
 Array = jax.Array
 
@@ -79,7 +80,7 @@ def t5_config(
     )  # fmt: skip
 
 
-class T5(nn.Module):
+class T5(EncoderDecoder):
     """Tokens, and the target's tokens so far, to logits of the target's next ones.
 
     Attributes:
@@ -159,48 +160,7 @@ class T5(nn.Module):
             return self.tokens.attend(features).astype(jnp.float32)
         return self.lm_head.attend(features).astype(jnp.float32)
 
-    def __call__(
-        self,
-        inputs: Array,
-        decoder_inputs: Array,
-        *,
-        lengths: Array | None = None,
-        decoder_lengths: Array | None = None,
-        train: bool = False,
-    ) -> Array:
-        """Maps a source and a shifted target to what the head gives.
-
-        Args:
-          inputs: int [B, S].
-          decoder_inputs: int [B, T].
-          lengths: int [B], valid tokens of ``inputs``; None = all.
-          decoder_lengths: int [B], valid tokens of ``decoder_inputs``.
-          train: dropout on.
-
-        Returns:
-          float32 logits [B, T, V], or features [B, T, H].
-        """
-        context = self.encode(inputs, lengths=lengths, train=train)
-        x = self.decode(
-            decoder_inputs, context, context_lengths=lengths, lengths=decoder_lengths, train=train
-        )
-        return self.logits(x) if self.config.head == "lm" else x
-
-    def start(self, inputs: Array, *, lengths: Array | None = None, max_length: int) -> StackState:
-        """The state before a target's first token.
-
-        Args:
-          inputs: int [B, S].
-          lengths: int [B], valid tokens of ``inputs``.
-          max_length: how many tokens the decoder will be given.
-        """
-        context = self.encode(inputs, lengths=lengths)
-        nothing = self.tokens(inputs[:, :0])
-        return self.decoder.decode(
-            nothing, max_length=max_length, context=context, context_lengths=lengths
-        )[1]
-
-    def step_logits(self, tokens: Array, state: StackState) -> tuple[Array, StackState]:
-        """Logits [B, V] after one more token [B] of the target, and the next state."""
-        x, state = self.decoder.decode(self.tokens(tokens[:, None]), state)
-        return self.logits(x[:, 0]), state
+    def embed_target(self, tokens: Array, start: Array | int) -> Array:
+        """Embedded tokens [B, T, H] of a target; positions are relative."""
+        del start
+        return self.tokens(tokens)
