@@ -50,6 +50,7 @@ from transfer_jax.objectives import (
     example_mask,
     losses,
 )
+from transfer_jax.objectives.contrastive import unit
 from transfer_jax.training import Experiment, FitConfig
 from transfer_jax.training.checkpoint import read_tree
 from transfer_jax.training.config import from_dict
@@ -149,11 +150,6 @@ class LinearizedClassification(EmbeddingClassification):
             return plain(Variables(params, variables.state), batch, None, *extra, method=method)[0]
 
         return trees.linearize(embed, self.base)(variables.params), variables.state
-
-
-def unit(x: Array) -> Array:
-    """Divides by the L2 norm over the last axis; zero vectors stay zero, with zero gradient."""
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
 def _task(batch: Batch, size: int) -> Array:
