@@ -4,6 +4,9 @@ It starts a cluster on this machine (``cluster.sh``), which takes root, slurm-wl
 (Debian packages) and about a minute:
 
     TRANSFER_JAX_SLURM=1 python -m pytest tests/slurm
+
+Only on demand: where daemons may not start jobs (some sandboxes), the cluster comes up and its
+queue never moves.
 """
 
 import os

@@ -8,7 +8,13 @@ if TYPE_CHECKING:
     from transfer_jax.data.padding import bucketed, pad_batch, pad_to
     from transfer_jax.data.pipeline import Pipeline
     from transfer_jax.data.registry import DATASETS, load
-    from transfer_jax.data.sources import ArraySource, CachedSource, GeneratedSource, Source
+    from transfer_jax.data.sources import (
+        ArraySource,
+        CachedSource,
+        GeneratedSource,
+        IndexSource,
+        Source,
+    )
     from transfer_jax.data.splits import (
         Concatenation,
         Mapped,
@@ -29,6 +35,7 @@ _HOME = {
     "DataBundle": "bundle",
     "DatasetInfo": "bundle",
     "GeneratedSource": "sources",
+    "IndexSource": "sources",
     "Mapped": "splits",
     "Pipeline": "pipeline",
     "Source": "sources",
@@ -46,8 +53,9 @@ _HOME = {
 
 __all__ = [
     "DATASETS", "ArraySource", "CachedSource", "Concatenation", "DataBundle", "DatasetInfo",
-    "GeneratedSource", "Mapped", "Pipeline", "Source", "Subset", "bucketed", "few_shot", "load",
-    "pad_batch", "pad_to", "select_classes", "split", "stratified_split", "tfds_source",
+    "GeneratedSource", "IndexSource", "Mapped", "Pipeline", "Source", "Subset", "bucketed",
+    "few_shot", "load", "pad_batch", "pad_to", "select_classes", "split", "stratified_split",
+    "tfds_source",
 ]  # fmt: skip
 
 

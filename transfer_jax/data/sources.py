@@ -119,6 +119,31 @@ class GeneratedSource:
         return self.fn(np.random.Generator(np.random.Philox(sequence)), index)
 
 
+class IndexSource:
+    """The numbers 0 .. length - 1 of examples that are made on the device, as ``{"index": i}``.
+
+    Args:
+      length: number of examples; by default as many as int32 can number, for training that never
+        sees an example twice (with ``repeat=True`` and no shuffling).
+    """
+
+    def __init__(self, length: int = 2**31 - 1):
+        if not 1 <= length < 2**31:
+            raise ValueError(f"length must be in 1 .. 2**31 - 1; got {length}")
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int, /) -> Example:
+        if not 0 <= index < self.length:
+            raise IndexError(f"index {index} outside {self.length} examples")
+        return {"index": np.int32(index)}
+
+    def take(self, indices: np.ndarray) -> Example:
+        return {"index": indices.astype(np.int32)}
+
+
 class CachedSource:
     """Keeps every example of ``source`` in memory once it has been read.
 

@@ -10,6 +10,7 @@ from transfer_jax.objectives.frozen import Frozen, cache_features
 from transfer_jax.objectives.matching import PairMatching
 from transfer_jax.objectives.penalize import LinearFloor, Penalized, PenalizedObjective
 from transfer_jax.objectives.petl import Adapted
+from transfer_jax.objectives.prepared import Generated, Prepared
 from transfer_jax.objectives.reparameterize import LowRank, ReparameterizedObjective, Trainable
 from transfer_jax.objectives.seq2seq import Seq2Seq
 from transfer_jax.objectives.tasks import (
@@ -28,6 +29,7 @@ __all__ = [
     "Distilled",
     "DistilledObjective",
     "Frozen",
+    "Generated",
     "ImageTextClassification",
     "LinearFloor",
     "LowRank",
@@ -38,6 +40,7 @@ __all__ = [
     "PairMatching",
     "Penalized",
     "PenalizedObjective",
+    "Prepared",
     "Regression",
     "ReparameterizedObjective",
     "Seq2Seq",
