@@ -39,7 +39,7 @@ def test_groups_have_their_own_rate_and_decay():
     assert update["head"]["unused"] is None
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "lamb", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "lamb", "rmsprop", "sgd"])
 def test_equals_the_optax_optimizer(name):
     config = OptimizerConfig(name, 0.03, weight_decay=0.1, b1=0.9, b2=0.99)
     params = {"w": jnp.array([1.0, -2.0, 0.5])}
@@ -47,6 +47,12 @@ def test_equals_the_optax_optimizer(name):
         "adamw": lambda: optax.adamw(0.03, 0.9, 0.99, weight_decay=0.1),
         "lion": lambda: optax.lion(0.03, 0.9, 0.99, weight_decay=0.1),
         "lamb": lambda: optax.lamb(0.03, 0.9, 0.99, eps=1e-8, weight_decay=0.1),
+        "rmsprop": lambda: optax.chain(
+            optax.scale_by_rms(0.99, 1e-8, eps_in_sqrt=False),
+            optax.trace(0.9),
+            optax.add_decayed_weights(0.1),
+            optax.scale(-0.03),
+        ),
         "sgd": lambda: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.03, 0.9)),
     }[name]()
     ours, _ = make_optimizer(config, 10, params)

@@ -43,7 +43,8 @@ class OptimizerConfig:
         ``where`` is found in its path.
       clip_norm: global norm to which gradients are clipped (0 = off).
       clip_value: absolute value to which gradient entries are clipped (0 = off).
-      b1, b2, eps: moments of the Adam family; ``b1`` is SGD's momentum.
+      b1, b2, eps: moments of the Adam family; ``b1`` is the momentum of SGD and RMSprop, ``b2`` the
+        decay of RMSprop's average.
       plateau_factor, plateau_patience: cut of the rate, and evaluations without improvement.
     """
 

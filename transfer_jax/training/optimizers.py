@@ -22,6 +22,10 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]]
     "lamb": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps),
     "lion": lambda c: optax.scale_by_lion(c.b1, c.b2),
     "adafactor": lambda c: optax.scale_by_factored_rms(),
+    "rmsprop": lambda c: optax.chain(
+        optax.scale_by_rms(c.b2, c.eps, eps_in_sqrt=False),
+        optax.trace(c.b1) if c.b1 else optax.identity(),
+    ),
     "sgd": lambda c: optax.trace(c.b1) if c.b1 else optax.identity(),
 }
 
