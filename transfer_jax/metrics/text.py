@@ -105,6 +105,34 @@ def bleu(
     }
 
 
+def edit_distance(first: Sequence, second: Sequence) -> int:
+    """How many insertions, deletions and substitutions lead from one sequence to the other."""
+    row = list(range(len(second) + 1))
+    for i, a in enumerate(first, 1):
+        above, row = row, [i]
+        for j, b in enumerate(second, 1):
+            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (a != b)))
+    return row[-1]
+
+
+def label_error_rate(predictions: Sequence[Sequence], references: Sequence[Sequence]) -> float:
+    """Edit distances over the length of the references; it may exceed 1.
+
+    Args:
+      predictions: N sequences of labels, characters or words.
+      references: N sequences.
+
+    Raises:
+      ValueError: no sequences, unequal numbers, or no labels in any reference.
+    """
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions and {len(references)} references.")
+    length = sum(len(reference) for reference in references)
+    if not length:
+        raise ValueError("the references have no labels: there is nothing to divide by.")
+    return sum(edit_distance(a, b) for a, b in zip(predictions, references)) / length
+
+
 def importance(sentence: str, reference: str) -> float:
     """How much of a reference a sentence says: the harmonic mean of ROUGE-1 F1 and BLEU-4.
 
