@@ -4,6 +4,7 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from transfer_jax.data import images
 from transfer_jax.data.registry import DATASETS, load
@@ -89,6 +90,53 @@ def test_mnist_t10k_as_distributed():
     labels = np.concatenate([s.take(np.arange(len(s)))["labels"] for s in bundle.splits.values()])
     counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     np.testing.assert_array_equal(np.bincount(labels), counts)
+
+
+def test_optdigits_and_an_alphabet(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRANSFER_JAX_DATA", str(tmp_path))
+    rng = np.random.default_rng(0)
+    (tmp_path / "optdigits").mkdir()
+    rows = {"tra": rng.integers(0, 17, (5, 65)), "tes": rng.integers(0, 17, (3, 65))}
+    for part, table in rows.items():
+        lines = ["Block 1,...,Class", *(",".join(map(str, row)) for row in table)]
+        packed = gzip.compress("\r\n".join(lines).encode())
+        (tmp_path / "optdigits" / f"optdigits.{part}.csv.gz").write_bytes(packed)
+    plain, enlarged = load("optdigits").splits, load("optdigits", enlarged=True).splits
+    assert [len(s) for s in plain.values()] == [5, 3]
+    example = plain["test"][2]
+    np.testing.assert_array_equal(example["inputs"].ravel() * 16, rows["tes"][2, :64])
+    assert example["labels"] == rows["tes"][2, 64]
+    np.testing.assert_array_equal(enlarged["test"][2]["inputs"][3:26:3, 3:26:3], example["inputs"])
+
+    (tmp_path / "omniglot8").mkdir()
+    drawings = np.zeros((80, 35, 35), np.uint8)  # two alphabets of two characters
+    drawings[:, :5, :5] = np.arange(80)[:, None, None] % 10  # 5 pixels become 4
+    char, drawer = np.arange(80) // 20, np.arange(80) % 20 + 1
+    np.savez(
+        tmp_path / "omniglot8" / "omniglot8_35.npz", x=drawings, char=char, drawer=drawer,
+        alphabet=char // 2, alphabet_names=["Greek", "Latin"],
+    )  # fmt: skip
+    bundle = load("omniglot8", alphabet="Latin")
+    assert [len(s) for s in bundle.splits.values()] == [30, 10] and bundle.info.num_classes == 2
+    test = bundle.splits["test"].take(np.arange(10))
+    np.testing.assert_array_equal(test["labels"], np.arange(10) // 5)
+    ink = np.tile(np.arange(15, 20) % 10 / 9, 2)
+    np.testing.assert_allclose(test["inputs"].sum(axis=(1, 2, 3)), 16 * ink, rtol=1e-6)
+    np.testing.assert_allclose(test["inputs"][:, 3, 3, 0], ink, rtol=1e-6)
+    assert list(load("omniglot8", alphabet="Latin", test_drawers=0).splits) == ["train"]
+    with pytest.raises(ValueError, match="no alphabet 'Thai'"):
+        load("omniglot8", alphabet="Thai")
+
+
+@needs_data
+def test_optdigits_as_distributed():
+    ours = load("optdigits").splits
+    bundled = load_digits()
+    assert len(ours["train"]) == 3823
+    test = ours["test"].take(np.arange(1797))
+    np.testing.assert_array_equal(test["inputs"][..., 0] * 16, bundled.images)
+    np.testing.assert_array_equal(test["labels"], bundled.target)
+    assert load("omniglot8", alphabet="Greek").info.num_classes == 24
 
 
 def test_registry():

@@ -1,4 +1,4 @@
-"""Images, whole or as pixel sequences in raster order: CIFAR-10 and MNIST."""
+"""Images, whole or as pixel sequences in raster order: CIFAR-10, MNIST and Omniglot."""
 
 import gzip
 import os
@@ -169,3 +169,40 @@ def mnist_t10k(
     cuts = {"train": order[:8000], "validation": order[8000:9000], "test": order[9000:]}
     splits = {name: Subset(source, indices) for name, indices in cuts.items()}
     return _mnist(splits, sequence, permutation_seed)
+
+
+def omniglot8(*, alphabet: str, test_drawers: int = 5) -> DataBundle:
+    """Returns the characters of one of eight Omniglot alphabets, each drawn by 20 people.
+
+    Read from ``omniglot8`` in the directory TRANSFER_JAX_DATA, where drawings are 35 x 35 pixels of
+    0..9; these become 28 x 28 by averages over areas.
+
+    Args:
+      alphabet: such as "Greek".
+      test_drawers: of the 20 people, the last, whose drawings are "test"; the others' are "train".
+        0 = there is no "test".
+
+    Returns:
+      Examples with ``inputs`` [28, 28, 1] float32 in [0, 1], ink = 1, and ``labels`` int32, the
+      number of the character in the alphabet.
+
+    Raises:
+      FileNotFoundError: the file is missing.
+      ValueError: no such alphabet; lists them.
+    """
+    with np.load(require("omniglot8", "omniglot8_35.npz")) as file:
+        names = file["alphabet_names"].tolist()
+        if alphabet not in names:
+            raise ValueError(f"omniglot8 has no alphabet {alphabet!r}; there are {names}")
+        rows = file["alphabet"] == names.index(alphabet)
+        drawings, characters, drawers = (file[key][rows] for key in ("x", "char", "drawer"))
+    fine = (drawings / 9.0).repeat(4, axis=1).repeat(4, axis=2)  # 140 x 140: 28 blocks of 5 x 5
+    images = fine.reshape(-1, 28, 5, 28, 5).mean(axis=(2, 4))[..., None].astype(np.float32)
+    kinds, labels = np.unique(characters, return_inverse=True)
+    parts = {"train": drawers <= 20 - test_drawers, "test": drawers > 20 - test_drawers}
+    splits = {
+        name: ArraySource({"inputs": images[part], "labels": labels[part].astype(np.int32)})
+        for name, part in parts.items()
+        if part.any()
+    }
+    return DataBundle(splits, DatasetInfo(num_classes=len(kinds), features=1))

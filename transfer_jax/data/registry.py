@@ -17,6 +17,8 @@ DATASETS: dict[str, Callable[..., DataBundle]] = {
     # Files in the directory named by TRANSFER_JAX_DATA.
     "fsdd": speech.fsdd,
     "mnist_t10k": images.mnist_t10k,
+    "omniglot8": images.omniglot8,
+    "optdigits": digits.optdigits,
     "tinyshakespeare": text.tinyshakespeare,
     # Prepared by TensorFlow Datasets.
     "cifar10": images.cifar10,

@@ -31,7 +31,6 @@ import numpy as np
 
 from transfer_jax import trees
 from transfer_jax.configuration import ConfigError
-from transfer_jax.data.paths import require
 from transfer_jax.data.pipeline import Pipeline
 from transfer_jax.data.registry import load
 from transfer_jax.data.sources import ArraySource, CachedSource, Example, Source, take
@@ -579,37 +578,22 @@ def _handwriting(exp: Experiment) -> Stream:
 
 
 def _omniglot(alphabet: str, shots: int, seed: int) -> Task:
-    """One alphabet: drawers 1 to 15 for training, 16 to 20 for testing; 35 x 35 to 28 x 28."""
-    with np.load(require("omniglot8", "omniglot8_35.npz")) as file:
-        at = file["alphabet_names"].tolist().index(alphabet)
-        rows = file["alphabet"] == at
-        x, char, drawer = file["x"][rows] / 9.0, file["char"][rows], file["drawer"][rows]
-    fine = x.repeat(4, axis=1).repeat(4, axis=2)  # 140 x 140: 28 blocks of 5 x 5
-    x = fine.reshape(len(x), 28, 5, 28, 5).mean(axis=(2, 4))[..., None].astype(np.float32)
-    names, labels = np.unique(char, return_inverse=True)
-    parts = [
-        ArraySource({"inputs": x[part], "labels": labels[part].astype(np.int32)})
-        for part in (drawer <= 15, drawer > 15)
-    ]
+    """One alphabet; 5 of the 20 people who drew it test."""
+    bundle = load("omniglot8", alphabet=alphabet)
+    train = bundle.splits["train"]
     if shots and shots < 15:
-        parts[0] = _arrays(few_shot(parts[0], shots, seed))
-    prompts = tuple(f"{alphabet} letter {alphabet}{i}" for i in range(len(names)))
-    return Task(alphabet, parts[0], parts[1], prompts)
+        train = few_shot(train, shots, seed)
+    count = bundle.info.num_classes or 0
+    prompts = tuple(f"{alphabet} letter {alphabet}{i}" for i in range(count))
+    return Task(alphabet, _arrays(train), _arrays(bundle.splits["test"]), prompts)
 
 
 def _optdigits(shots: int, seed: int) -> Task:
-    """The UCI digits, 8 x 8 pixels enlarged to 24 x 24 with a margin; 13 other writers test."""
-    parts = []
-    for name in ("tra", "tes"):
-        table = np.loadtxt(
-            require("optdigits", f"optdigits.{name}.csv.gz"), delimiter=",", skiprows=1
-        )
-        x = (table[:, :64] / 16.0).reshape(-1, 8, 8).repeat(3, axis=1).repeat(3, axis=2)
-        x = np.pad(x, ((0, 0), (2, 2), (2, 2)))[..., None].astype(np.float32)
-        parts.append(ArraySource({"inputs": x, "labels": table[:, 64].astype(np.int32)}))
-    train = _arrays(few_shot(parts[0], shots, seed))
+    """The UCI digits; 13 other writers test."""
+    splits = load("optdigits", enlarged=True).splits
+    train = _arrays(few_shot(splits["train"], shots, seed))
     prompts = tuple(f"scanned digit {name}" for name in DIGITS)
-    return Task("optdigits", train, parts[1], prompts)
+    return Task("optdigits", train, _arrays(splits["test"]), prompts)
 
 
 def _published(exp: Experiment) -> Stream:

@@ -10,10 +10,8 @@ Impression, and is held near the first skill by its Fisher information. The reci
   a sequence of tasks made from digits by permuting their pixels.
 """
 
-import csv
 import dataclasses
 import functools
-import gzip
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -28,7 +26,6 @@ from jax.experimental import multihost_utils
 
 from transfer_jax import trees
 from transfer_jax.configuration import ConfigError
-from transfer_jax.data.paths import require
 from transfer_jax.data.pipeline import Pipeline
 from transfer_jax.data.registry import load
 from transfer_jax.data.reports import (
@@ -679,18 +676,12 @@ def pixels(name: str) -> dict[str, dict[str, np.ndarray]]:
     Raises:
       ConfigError: another name.
     """
-    if name == "digits":
-        splits = load("digits", fractions=(0.8, 0.0, 0.2)).splits
-        parts = {k: take(splits[k], np.arange(len(splits[k]))) for k in ("train", "test")}
-        return {k: {**v, "inputs": v["inputs"].reshape(-1, 64)} for k, v in parts.items()}
-    if name != "optdigits":
+    options = {"digits": {"fractions": (0.8, 0.0, 0.2)}, "optdigits": {}}
+    if name not in options:
         raise ConfigError(f"config.data.name={name!r}; choose 'digits' or 'optdigits'.")
-    parts = {}
-    for split, part in (("train", "tra"), ("test", "tes")):
-        with gzip.open(require("optdigits", f"optdigits.{part}.csv.gz"), "rt", newline="") as file:
-            rows = np.array(list(csv.reader(file))[1:], np.int32)
-        parts[split] = {"inputs": rows[:, :64].astype(np.float32) / 16, "labels": rows[:, 64]}
-    return parts
+    splits = load(name, **options[name]).splits
+    parts = {k: take(splits[k], np.arange(len(splits[k]))) for k in ("train", "test")}
+    return {k: {**v, "inputs": v["inputs"].reshape(-1, 64)} for k, v in parts.items()}
 
 
 def permuted(data: Mapping[str, np.ndarray], count: int, seed: int = 0) -> list[ArraySource]:

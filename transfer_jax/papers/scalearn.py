@@ -37,7 +37,7 @@ import optax
 
 from transfer_jax import trees
 from transfer_jax.configuration import ConfigError
-from transfer_jax.data.paths import require, require_file
+from transfer_jax.data.paths import require_file
 from transfer_jax.data.pipeline import Pipeline
 from transfer_jax.data.registry import load
 from transfer_jax.data.sources import ArraySource, Source, take
@@ -547,7 +547,9 @@ def handwriting_tasks(config: Any) -> dict[str, Task]:
     """
     splits = load("mnist_t10k", sequence=False, seed=config.seed).splits
     mnist, held, test = (_arrays(splits[name]) for name in ("train", "validation", "test"))
-    uci, uci_test = (_optdigits(name) for name in ("tra", "tes"))
+    splits = load("optdigits", enlarged=True).splits
+    uci, uci_test = _arrays(splits["train"]), _arrays(splits["test"])
+    greek = _arrays(load("omniglot8", alphabet="Greek", test_drawers=0).splits["train"])
     order = np.random.default_rng(config.seed).permutation(len(uci[1]))
     first, second, third = (
         (uci[0][rows], uci[1][rows]) for rows in np.split(order, [3000, 3400])
@@ -557,7 +559,7 @@ def handwriting_tasks(config: Any) -> dict[str, Task]:
         "mnist_inverted_rotated": _images("inverted_rotated", 10, train=mnist),
         "mnist_thirds": _images("thirds", 10, train=mnist),
         "optdigits": _images("plain", 10, train=first),
-        "greek": _images("plain", 24, train=_omniglot("Greek")),
+        "greek": _images("plain", 24, train=greek),
         "mnist_rotated": _images(
             "rotated", 10, train=(held[0][:500], held[1][:500]),
             validation=(held[0][500:], held[1][500:]), test=test,
@@ -566,23 +568,6 @@ def handwriting_tasks(config: Any) -> dict[str, Task]:
             "inverted_rotated", 10, train=second, validation=third, test=uci_test
         ),
     }  # fmt: skip
-
-
-def _optdigits(part: str) -> tuple[np.ndarray, np.ndarray]:
-    """8 x 8 pixels enlarged to 24 x 24, with a margin."""
-    table = np.loadtxt(require("optdigits", f"optdigits.{part}.csv.gz"), delimiter=",", skiprows=1)
-    x = (table[:, :64] / 16.0).reshape(-1, 8, 8).repeat(3, axis=1).repeat(3, axis=2)
-    return np.pad(x, ((0, 0), (2, 2), (2, 2)))[..., None].astype(np.float32), table[:, 64]
-
-
-def _omniglot(alphabet: str) -> tuple[np.ndarray, np.ndarray]:
-    """All drawings of an alphabet, 35 x 35 to 28 x 28."""
-    with np.load(require("omniglot8", "omniglot8_35.npz")) as file:
-        rows = file["alphabet"] == file["alphabet_names"].tolist().index(alphabet)
-        x, char = file["x"][rows] / 9.0, file["char"][rows]
-    fine = x.repeat(4, axis=1).repeat(4, axis=2)  # 140 x 140: 28 x 28 blocks of 5 x 5
-    x = fine.reshape(len(x), 28, 5, 28, 5).mean(axis=(2, 4))[..., None]
-    return x.astype(np.float32), np.unique(char, return_inverse=True)[1]
 
 
 def token_tasks(config: Any) -> dict[str, Task]:
