@@ -89,8 +89,13 @@ def best_path(logits: Array, lengths: Array | None = None, *, blank: int = 0) ->
       B lists of labels.
     """
     paths = np.asarray(jnp.argmax(jnp.asarray(logits), axis=-1))
-    lengths = np.full(len(paths), paths.shape[1]) if lengths is None else np.asarray(lengths)
-    return [collapse(path[:length], blank=blank) for path, length in zip(paths, lengths)]
+    steps = _steps(paths, lengths)
+    return [collapse(path[:valid], blank=blank) for path, valid in zip(paths, steps)]
+
+
+def _steps(values: np.ndarray, lengths: Array | None) -> np.ndarray:
+    """``lengths``, or those of ``values`` [B, T, ...] where there are none."""
+    return np.full(len(values), values.shape[1]) if lengths is None else np.asarray(lengths)
 
 
 def collapse(path: Sequence[int] | np.ndarray, *, blank: int = 0) -> list[int]:
@@ -121,8 +126,8 @@ def prefix_beam(
     if beams < 1:
         raise ValueError(f"beams={beams}: at least one prefix must be kept.")
     log_p = np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32)), np.float64)
-    lengths = np.full(len(log_p), log_p.shape[1]) if lengths is None else np.asarray(lengths)
-    return [_search(steps[:length], beams, blank) for steps, length in zip(log_p, lengths)]
+    steps = _steps(log_p, lengths)
+    return [_search(row[:valid], beams, blank) for row, valid in zip(log_p, steps)]
 
 
 def _search(log_p: np.ndarray, beams: int, blank: int) -> list[int]:
