@@ -41,8 +41,38 @@ Every stage of a target keeps its best step on validation data. On validation da
 and 1 were fixed the steps that the network is trained before (20; 70 and 10 were tried as well) and
 the second target (inverted; upside down before); on those of ``handwriting`` the rates of
 AdapterFusion (2e-3, not 5e-4) and of the scales (6e-3, the paper's, not 2e-3). Adapter and head
-had one rate only. ``handwriting`` itself, the other baselines and ablations of ``METHODS`` in
-``papers/scalearn.py``, and k = 4 have not been measured.
+had one rate only. The other baselines and ablations of ``METHODS`` in ``papers/scalearn.py`` have
+not been measured.
+
+``handwriting`` has five sources (MNIST's test part plain, inverted and turned, and in shuffled
+thirds; the UCI digits; Omniglot's Greek) and two targets (MNIST turned, UCI digits inverted and
+turned). The same command and seeds, about 90 s of processor time each:
+
+    method       numbers learned   k = 1             k = 4             k = 16
+    adapter      16,960            0.428 +- 0.024    0.629 +- 0.024    0.739 +- 0.017
+    head         0                 0.444 +- 0.007    0.595 +- 0.022    0.645 +- 0.020
+    fusion       197,632           0.428 +- 0.014    0.624 +- 0.020    0.766 +- 0.022
+    scalearn     3,072             0.477 +- 0.028    0.663 +- 0.017    0.773 +- 0.007
+    uniform      24                0.485 +- 0.011    0.662 +- 0.024    0.768 +- 0.007
+    uniform++    6                 0.462 +- 0.030    0.645 +- 0.020    0.785 +- 0.004
+    random       3,072             0.458 +- 0.006    0.650 +- 0.024    0.756 +- 0.001
+    soup         0                 0.458 +- 0.001    0.613 +- 0.023    0.678 +- 0.033
+
+The means over three seeds against what is required:
+
+    ScaLearn - fusion, k = 1     0.049    >= 0.03   holds (0.008, 0.097, 0.042)
+    ScaLearn - fusion, k = 16    0.008    >= 0.01   does not hold (-0.016, 0.007, 0.032)
+    ScaLearn - adapter, k = 1    0.049    >= 0.03   holds (0.050, 0.099, -0.003)
+    ScaLearn - random, k = 1     0.018    > 0       holds (0.002, 0.050, 0.003)
+    uniform - fusion, k = 1      0.058    >= 0.03   holds (0.025, 0.080, 0.068)
+    uniform - fusion, k = 16     0.002    >= 0.01   does not hold (-0.022, 0.001, 0.027)
+    uniform - adapter, k = 1     0.057    >= 0.03   holds (0.067, 0.083, 0.023)
+    uniform - random, k = 1      0.027    > 0       holds (0.018, 0.033, 0.029)
+
+At k = 1 the sources help on both targets, with as few as 24 scales. Part of the gain is in the
+form, not in the sources: with random adapters in their place the scales are ahead of AdapterFusion
+and of the target's own adapter too, at k = 1 and 4. At k = 16 six scales do best (0.785, ahead of AdapterFusion
+by 0.019 on the mean, and in two seeds of three).
 
 ``glue``, ``glue_few_shot``, ``superglue`` and ``humset`` have the published shapes, sets and
 schedules. They run on tokens and weights from files (``config.data.directory``,
@@ -133,7 +163,7 @@ def _images(variant: str) -> ml_collections.ConfigDict:
             "mnist", "mnist_inverted_rotated", "mnist_thirds", "optdigits", "greek",
         )  # fmt: skip
         config.targets = ("mnist_rotated", "optdigits_inverted_rotated")
-    config.shots = (1, 16)
+    config.shots = (1, 16) if variant == "digits" else (1, 4, 16)
     config.shots_per_class = True
     config.methods = (
         "adapter", "head", "fusion", "scalearn", "uniform", "uniform++", "random", "soup",
