@@ -71,8 +71,8 @@ The means over three seeds against what is required:
 
 At k = 1 the sources help on both targets, with as few as 24 scales. Part of the gain is in the
 form, not in the sources: with random adapters in their place the scales are ahead of AdapterFusion
-and of the target's own adapter too, at k = 1 and 4. At k = 16 six scales do best (0.785, ahead of AdapterFusion
-by 0.019 on the mean, and in two seeds of three).
+and of the target's own adapter too, at k = 1 and 4. At k = 16 six scales do best (0.785, ahead of
+AdapterFusion by 0.019 on the mean, and in two seeds of three).
 
 ``glue``, ``glue_few_shot``, ``superglue`` and ``humset`` have the published shapes, sets and
 schedules. They run on tokens and weights from files (``config.data.directory``,
