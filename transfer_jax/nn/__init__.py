@@ -3,7 +3,17 @@
 from transfer_jax.nn.adaptive_softmax import AdaptiveSoftmax
 from transfer_jax.nn.attention import Attention, KVCache, LinearAttention
 from transfer_jax.nn.blocks import MIXERS, FeedForward, SequenceBlock
-from transfer_jax.nn.recurrent import GRU, LSTM
+from transfer_jax.nn.recurrent import (
+    CELLS,
+    GRU,
+    LSTM,
+    EchoState,
+    Elman,
+    Jordan,
+    Recurrent,
+    gradient_flow,
+    ridge_readout,
+)
 from transfer_jax.nn.s4 import SSM_PARAMETERS, S4Layer, SSMKernel
 from transfer_jax.nn.sliding_attention import SlidingAttention
 from transfer_jax.nn.transformer import (
@@ -16,8 +26,9 @@ from transfer_jax.nn.transformer import (
 )
 
 __all__ = [
-    "GRU", "LSTM", "MIXERS", "SSM_PARAMETERS", "AdaptiveSoftmax", "Attention", "FeedForward",
-    "KVCache", "LinearAttention", "S4Layer", "SSMKernel", "SequenceBlock",
-    "SlidingAttention", "TransformerConfig", "TransformerLayer", "TransformerStack", "stack_layers",
-    "transformer_rules", "unstack_layers",
+    "CELLS", "GRU", "LSTM", "MIXERS", "SSM_PARAMETERS", "AdaptiveSoftmax", "Attention", "EchoState",
+    "Elman", "FeedForward", "Jordan", "KVCache", "LinearAttention", "Recurrent", "S4Layer",
+    "SSMKernel", "SequenceBlock", "SlidingAttention", "TransformerConfig", "TransformerLayer",
+    "TransformerStack", "gradient_flow", "ridge_readout", "stack_layers", "transformer_rules",
+    "unstack_layers",
 ]  # fmt: skip

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from transfer_jax.nn.attention import Attention, Initializer, LinearAttention
-from transfer_jax.nn.recurrent import GRU, LSTM
+from transfer_jax.nn.recurrent import CELLS, Recurrent
 from transfer_jax.nn.s4 import S4Layer
 
 Array = jax.Array
 
-MIXERS = ("s4", "s4d", "conv", "attention", "linear_attention", "lstm", "gru", "ffn")
+MIXERS = ("s4", "s4d", "conv", "attention", "linear_attention", *CELLS, "recurrent", "ffn")
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -121,9 +121,13 @@ def _mixer(
         return FeedForward(features, dtype=dtype, **{**drops, **options})
     if name == "attention":
         return Attention(features, dtype=dtype, **{"causal": True, **options})
-    simple = {"linear_attention": LinearAttention, "lstm": LSTM, "gru": GRU}
-    if name in simple:
-        return simple[name](features, dtype=dtype, **options)
+    if name == "linear_attention":
+        return LinearAttention(features, dtype=dtype, **options)
+    if name in CELLS:
+        return CELLS[name](features, dtype=dtype, **options)
+    if name == "recurrent":  # both directions must fit into the width of the block
+        fields = {"dropout": dropout, "tie_dropout": tie_dropout, "merge": "sum", **options}
+        return Recurrent(features, dtype=dtype, **fields)
     raise ValueError(f"unknown mixer {name!r}; choose one of {', '.join(MIXERS)}")
 
 
