@@ -81,7 +81,7 @@ def test_the_decoder_starts_from_every_layer():
         assert (jnp.abs(without[0] - given).max(axis=(1, 2)) > 1e-5).all()
     gradient = jax.jit(jax.grad(lambda v: task.loss(v, batch, None)[0]))(variables).params
     for layer in range(3):
-        assert jnp.abs(gradient[f"encoder_{layer}"]["hidden"]["kernel"]).max() > 0
+        assert jnp.abs(gradient["encoder"][f"forward_{layer}"]["hidden"]["kernel"]).max() > 0
 
 
 def test_additive_attention_by_hand():
@@ -147,7 +147,7 @@ def test_an_image_is_the_first_input(every_step):
         x = jnp.concatenate([first, words], axis=1)
         if every_step:
             x = jnp.concatenate([x, jnp.broadcast_to(first, x.shape)], axis=-1)
-        return module.head(module.decoder[0](x))[:, 1:]
+        return module.head(module.decoder(x))[:, 1:]
 
     logits = module.apply(variables, images, TARGETS)
     np.testing.assert_allclose(logits, module.apply(variables, method=by_hand), atol=1e-6)

@@ -1,21 +1,21 @@
-"""Recurrent encoder-decoders: translation and captions (Sutskever et al. 2014, Vinyals et al. 2015).
+"""Recurrent encoder-decoders: translation and image captions.
 
 Trained by ``objectives.Seq2Seq``, decoded by ``generate_targets``.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from flax.linen.recurrent import flip_sequences
 
-from transfer_jax.nn.recurrent import GRU, LSTM
+from transfer_jax.nn.recurrent import Recurrent
 
 Array = jax.Array
 PyTree = Any
-
-CELLS = {"lstm": LSTM, "gru": GRU}
 
 
 class DecoderState(NamedTuple):
@@ -40,13 +40,14 @@ class DecoderState(NamedTuple):
 class RecurrentDecoder(nn.Module, kw_only=True):
     """Base of models that write tokens, starting from a ``DecoderState``.
 
-    Dropout is on the inputs of each layer and before the softmax, never on the state.
+    Dropout is on the inputs of each layer and before the softmax, never on what is fed back.
 
     Attributes:
       vocab_size: V, of the target.
       features: H, cells of a layer.
       layers: number of layers.
-      cell: one of ``CELLS``.
+      cell: one of ``nn.recurrent.CELLS``.
+      options: fields of the cell; a mapping, stored frozen.
       embedding: width of embedded tokens; None = H.
       dropout: rate.
       dtype: of the arithmetic.
@@ -56,13 +57,16 @@ class RecurrentDecoder(nn.Module, kw_only=True):
     features: int
     layers: int = 1
     cell: str = "lstm"
+    options: Mapping[str, Any] = FrozenDict()
     embedding: int | None = None
     dropout: float = 0.0
     dtype: Any = None
 
+    def __post_init__(self):
+        object.__setattr__(self, "options", FrozenDict(self.options))  # hashable
+        super().__post_init__()
+
     def setup(self):
-        if self.cell not in CELLS:
-            raise ValueError(f"cell={self.cell!r}; choose one of {sorted(CELLS)}.")
         self.embed = nn.Embed(self.vocab_size, self.width, dtype=self.dtype)
         self.decoder = self.stack()
         self.head = nn.Dense(self.vocab_size, dtype=self.dtype)
@@ -72,20 +76,16 @@ class RecurrentDecoder(nn.Module, kw_only=True):
     def width(self) -> int:
         return self.embedding or self.features
 
-    def stack(self) -> list[Any]:
+    def stack(self) -> Recurrent:
         """New layers."""
-        return [CELLS[self.cell](self.features, dtype=self.dtype) for _ in range(self.layers)]
-
-    def through(
-        self, stack: list[Any], x: Array, states: tuple, lengths: Array | None, train: bool
-    ) -> tuple[Array, tuple[PyTree, ...]]:
-        """Runs layers over sequences [B, L, F]; returns the last one's outputs, and all states."""
-        after = []
-        for layer, state in zip(stack, states):
-            x = self.drop(x, deterministic=not train)
-            x, state = layer.prefill(x, state=state, lengths=lengths)
-            after.append(state)
-        return x, tuple(after)
+        return Recurrent(
+            self.features,
+            self.layers,
+            self.cell,
+            self.options,
+            dropout=self.dropout,
+            dtype=self.dtype,
+        )
 
     def attend(self, hidden: Array, state: DecoderState) -> Array:
         """Features [B, T, H] of the last layer's outputs [B, T, H]; here the same."""
@@ -99,7 +99,8 @@ class RecurrentDecoder(nn.Module, kw_only=True):
         if state.beside is not None:
             beside = state.beside[:, None].astype(x.dtype)
             x = jnp.concatenate([x, jnp.broadcast_to(beside, (*x.shape[:2], beside.shape[-1]))], -1)
-        hidden, layers = self.through(self.decoder, x, state.layers, None, train)
+        x = self.drop(x, deterministic=not train)
+        hidden, layers = self.decoder.run(x, state.layers, train=train)
         features = self.attend(hidden, state)
         return self.logits(features, train), state._replace(layers=layers)
 
@@ -153,9 +154,8 @@ class RecurrentSeq2Seq(RecurrentDecoder, kw_only=True):
         """The decoder's state before the first token, of sources int [B, S]."""
         if self.reverse_source:
             inputs = flip_sequences(inputs, lengths, num_batch_dims=1, time_major=False)
-        x = self.embed_source(inputs)
-        nothing = (None,) * self.layers
-        x, layers = self.through(self.encoder, x, nothing, lengths, train)
+        x = self.drop(self.embed_source(inputs), deterministic=not train)
+        x, layers = self.encoder.run(x, lengths=lengths, train=train)
         if not self.attention:
             return DecoderState(layers)
         beside = jnp.zeros((len(x), self.features), x.dtype) if self.input_feeding else None
@@ -185,7 +185,8 @@ class RecurrentSeq2Seq(RecurrentDecoder, kw_only=True):
         def body(module: Any, carry: tuple, x: Array) -> tuple[tuple, Array]:
             layers, beside = carry
             x = jnp.concatenate([x, beside], axis=-1)[:, None]
-            hidden, layers = module.through(module.decoder, x, layers, None, train)
+            x = module.drop(x, deterministic=not train)
+            hidden, layers = module.decoder.run(x, layers, train=train)
             features = module.attend(hidden, state)[:, 0]
             return (layers, features), features
 
@@ -245,8 +246,8 @@ class Captioner(RecurrentDecoder, kw_only=True):
         x = self.embed_image(inputs)
         # In every_step, tokens have the vector beside them; the image itself has it twice.
         first = jnp.concatenate([x, x], axis=-1) if self.every_step else x
-        nothing = (None,) * self.layers
-        _, layers = self.through(self.decoder, first[:, None], nothing, None, train)
+        first = self.drop(first, deterministic=not train)
+        _, layers = self.decoder.run(first[:, None], train=train)
         return DecoderState(layers, x if self.every_step else None)
 
     def __call__(
