@@ -67,6 +67,25 @@ def test_equals_the_optax_optimizer(name):
     np.testing.assert_allclose(a["w"], b["w"], rtol=1e-5)
 
 
+def test_bert_adamw_has_no_bias_correction():
+    config = OptimizerConfig(
+        "bert_adamw", 0.01, weight_decay=0.5, decay_mask="kernel$", eps=1e-6, warmup_steps=1
+    )
+    tx, _ = make_optimizer(config, 10, PARAMS)
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 0.3), PARAMS)
+    first, state = tx.update(grads, tx.init(PARAMS), PARAMS)
+    assert float(jnp.abs(first["head"]["bias"]).max()) == 0  # rate 0: only the moments move
+    second = tx.update(grads, state, PARAMS)[0]
+    m, v = 0.19 * 0.3, (0.001 + 0.999 * 0.001) * 0.3**2
+    step = m / (np.sqrt(v) + 1e-6)
+    np.testing.assert_allclose(second["head"]["bias"], -0.01 * step, rtol=1e-5)
+    np.testing.assert_allclose(second["head"]["kernel"], -0.01 * (step + 0.5), rtol=1e-5)
+    one = first_update(OptimizerConfig("bert_adamw", 0.01, eps=1e-6), grads)
+    np.testing.assert_allclose(
+        one["head"]["bias"], -0.01 * 0.1 * 0.3 / (np.sqrt(0.001) * 0.3 + 1e-6), rtol=1e-5
+    )
+
+
 def test_clipping_is_over_all_groups_together():
     config = from_dict(
         OptimizerConfig,

@@ -31,7 +31,7 @@ class OptimizerConfig:
     """An optax optimiser, its schedule and its parameter groups.
 
     Attributes:
-      name: one of ``optimizers.OPTIMIZERS``.
+      name: one of ``optimizers.OPTIMIZERS``; ``bert_adamw`` has no bias correction.
       learning_rate: peak rate.
       schedule: one of ``optimizers.SCHEDULES``: ``constant``, ``cosine``, ``linear``, ``rsqrt``,
         ``plateau`` (the rate is cut when the monitored metric stops improving).

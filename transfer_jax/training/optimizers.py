@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,38 @@ Schedule = Callable[[Any], Any]
 
 _MAIN = "main"
 
+
+class UncorrectedAdamState(NamedTuple):
+    """Moments of ``uncorrected_adam``, trees of the parameters' structure."""
+
+    mu: PyTree
+    nu: PyTree
+
+
+def uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam without bias correction, as in the released BERT: ``m / (sqrt(v) + eps)``.
+
+    With the usual decays the first steps are about three times as long as Adam's: at step 1 m is a
+    tenth and sqrt(v) a thirtieth of the gradient. After some thousand steps the two coincide.
+    """
+
+    def init(params: PyTree) -> UncorrectedAdamState:
+        return UncorrectedAdamState(optax.tree.zeros_like(params), optax.tree.zeros_like(params))
+
+    def update(updates: PyTree, state: UncorrectedAdamState, params: PyTree = None) -> Any:
+        del params
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment(updates, state.nu, b2, 2)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
+        return updates, UncorrectedAdamState(mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
 OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
     "adam": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps),
     "adamw": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps),
+    "bert_adamw": lambda c: uncorrected_adam(c.b1, c.b2, c.eps),
     "lamb": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps),
     "lion": lambda c: optax.scale_by_lion(c.b1, c.b2),
     "adafactor": lambda c: optax.scale_by_factored_rms(),
