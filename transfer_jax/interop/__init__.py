@@ -7,7 +7,13 @@ from transfer_jax.interop.huggingface import (
     save_pretrained,
 )
 from transfer_jax.interop.peft import Adapter, load_peft, save_peft
-from transfer_jax.interop.tokenizers import Tokenizer, Tokens, clip_tokenizer, load_tokenizer
+from transfer_jax.interop.tokenizers import (
+    Tokenizer,
+    Tokens,
+    clip_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 from transfer_jax.interop.vit import resize_images
 
 __all__ = [
@@ -23,4 +29,5 @@ __all__ = [
     "resize_vocabulary",
     "save_peft",
     "save_pretrained",
+    "train_tokenizer",
 ]

@@ -3,7 +3,7 @@
 import dataclasses
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,6 +158,55 @@ def _finish(backend: Any, max_length: int | None, pad: int) -> Tokenizer:
     else:
         backend.enable_truncation(max_length)
     return Tokenizer(backend, pad)
+
+
+BYTE_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # with the numbers of BART and RoBERTa
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    specials: Sequence[str] = (),
+    template: str = "<s> $A </s>",
+    max_length: int | None = None,
+) -> Tokenizer:
+    """Learns a byte-pair encoding of texts, on bytes as that of RoBERTa and BART.
+
+    The first tokens are ``BYTE_SPECIALS``, then ``specials``; texts are padded with 1. The same
+    texts give the same tokens.
+
+    Args:
+      texts: of the training split.
+      vocab_size: V, at least 256 bytes and the special tokens.
+      specials: tokens that may stand in texts, such as those of languages.
+      template: what is put around a text ``$A``.
+      max_length: as in ``load_tokenizer``.
+
+    Raises:
+      ImportError: the package ``tokenizers`` is not installed.
+      ValueError: too small a vocabulary.
+    """
+    package = _package()
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    first = [*BYTE_SPECIALS, *specials]
+    if vocab_size < 256 + len(first):
+        raise ValueError(
+            f"vocab_size={vocab_size}: bytes and special tokens alone are {256 + len(first)}."
+        )
+    backend = package.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=first, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    backend.train_from_iterator(texts, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(name, i) for i, name in enumerate(first)]
+    )
+    return _finish(backend, max_length, first.index("<pad>"))
 
 
 # CLIP reads so many merges of its file: 49,152 tokens less 2 * 256 bytes, and one header line.
