@@ -114,6 +114,33 @@ def test_schedules_at_their_ends():
         schedule_shape(OptimizerConfig(warmup_steps=10), 10)
 
 
+def test_one_cycle_is_that_of_torch():
+    """AdamW under OneCycleLR: rates, cycled b1 and parameters, over a whole cycle."""
+    torch = pytest.importorskip("torch")
+    steps, peak = 17, 0.05
+    config = OptimizerConfig("adamw", peak, schedule="onecycle", weight_decay=0.01)
+    start = np.array([1.0, -2.0, 0.5], np.float32)
+    theirs = torch.nn.Parameter(torch.tensor(start))
+    peer = torch.optim.AdamW([theirs], lr=peak, weight_decay=0.01)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(peer, max_lr=peak, total_steps=steps)
+    params = {"w": jnp.array(start)}
+    tx, rate = make_optimizer(config, steps, params)
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for step in range(steps):
+        assert float(rate(step)) == pytest.approx(peer.param_groups[0]["lr"], rel=1e-4)
+        grad = np.sin(np.arange(3) + step).astype(np.float32)
+        theirs.grad = torch.tensor(grad)
+        peer.step()
+        if step < steps - 1:
+            cycle.step()
+        changes, state = update({"w": jnp.array(grad)}, state, params)
+        params = optax.apply_updates(params, changes)
+        np.testing.assert_allclose(params["w"], theirs.detach(), rtol=2e-5)
+    with pytest.raises(ConfigError, match="its own warm-up"):
+        from_dict(OptimizerConfig, {"schedule": "onecycle", "warmup_steps": 5})
+
+
 def test_a_group_that_matches_nothing_is_refused():
     config = from_dict(OptimizerConfig, {"groups": {"a": {"where": "lamda", "learning_rate": 0.1}}})
     with pytest.raises(ConfigError, match=r"lamda.*matches none.*ssm/log_dt"):

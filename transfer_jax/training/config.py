@@ -34,8 +34,9 @@ class OptimizerConfig:
       name: one of ``optimizers.OPTIMIZERS``; ``bert_adamw`` has no bias correction.
       learning_rate: peak rate.
       schedule: one of ``optimizers.SCHEDULES``: ``constant``, ``cosine``, ``linear``, ``rsqrt``,
-        ``plateau`` (the rate is cut when the monitored metric stops improving).
-      warmup_steps: linear warm-up from 0.
+        ``plateau`` (the rate is cut when the monitored metric stops improving), ``onecycle``
+        (PyTorch's OneCycleLR; ``b1`` of Adam and LAMB goes with it, 0.95, 0.85, 0.95).
+      warmup_steps: linear warm-up from 0; ``onecycle`` has its own.
       final_fraction: where ``cosine`` and ``linear`` end, as a share of the peak.
       weight_decay: decoupled (AdamW, Lion, LAMB) or added to the gradient (SGD).
       decay_mask: regular expression on paths; only those parameters are decayed ('' = all).
@@ -202,6 +203,10 @@ def _check(config: Any, path: str) -> None:
             "final_fraction", "eps",
         ):  # fmt: skip
             require(getattr(config, name) >= 0, name, "it must not be negative")
+        require(
+            config.schedule != "onecycle" or not config.warmup_steps, "warmup_steps",
+            "the schedule 'onecycle' has its own warm-up, 30 % of the steps",
+        )  # fmt: skip
         require(0 <= config.b1 < 1, "b1", "it must lie in [0, 1)")
         require(0 <= config.b2 < 1, "b2", "it must lie in [0, 1)")
         require(0 < config.plateau_factor < 1, "plateau_factor", "it must lie in (0, 1)")

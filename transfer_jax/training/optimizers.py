@@ -58,7 +58,9 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]]
     "sgd": lambda c: optax.trace(c.b1) if c.b1 else optax.identity(),
 }
 
-SCHEDULES = ("constant", "cosine", "linear", "rsqrt", "plateau")
+SCHEDULES = ("constant", "cosine", "linear", "rsqrt", "plateau", "onecycle")
+
+_CYCLED = ("adam", "adamw", "lamb")  # optimisers whose b1 goes with the one-cycle schedule
 
 
 def schedule_shape(config: OptimizerConfig, steps: int) -> Schedule:
@@ -66,7 +68,8 @@ def schedule_shape(config: OptimizerConfig, steps: int) -> Schedule:
 
     Linear warm-up over ``warmup_steps``, then the named decay over the remaining steps. ``rsqrt``
     is ``sqrt(w / step)`` with ``w = max(warmup_steps, 1)``. ``plateau`` is constant here: ``fit``
-    cuts it when the monitored metric stops improving.
+    cuts it when the monitored metric stops improving. ``onecycle`` is PyTorch's OneCycleLR: from
+    1/25 up by a half cosine over the first 30 % of all steps, down to 1/250,000 over the rest.
 
     Args:
       config: the optimiser's config.
@@ -82,6 +85,8 @@ def schedule_shape(config: OptimizerConfig, steps: int) -> Schedule:
             "set it below."
         )
     rest = steps - warmup
+    if config.schedule == "onecycle":
+        return _one_cycle(steps, 1 / 25, 1.0, 1 / 25e4)
     if config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(1.0, rest, config.final_fraction)
     elif config.schedule == "linear":
@@ -97,6 +102,32 @@ def schedule_shape(config: OptimizerConfig, steps: int) -> Schedule:
     if not warmup:
         return decay
     return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), decay], [warmup])
+
+
+def _one_cycle(steps: int, first: float, peak: float, last: float) -> Schedule:
+    """Half a cosine from ``first`` to ``peak``, another to ``last``, at the last step."""
+    top, end = 0.3 * steps - 1.0, steps - 1.0
+
+    def value(step: Any) -> Any:
+        rise = step / max(top, 1e-9)
+        fall = jnp.minimum((step - top) / max(end - top, 1e-9), 1.0)
+        up = peak + (first - peak) * 0.5 * (1 + jnp.cos(jnp.pi * rise))
+        down = last + (peak - last) * 0.5 * (1 + jnp.cos(jnp.pi * fall))
+        return jnp.where(step <= top, up, down)
+
+    return value
+
+
+def _cycled_adam(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Adam whose b1 falls from 0.95 to 0.85 while the rate rises, and rises while it falls."""
+    b1 = _one_cycle(steps, 0.95, 0.85, 0.95)
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
+        now = optax.scale_by_adam(b1(state.count), config.b2, config.eps)
+        return now.update(updates, state, params)
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 def group_labels(config: OptimizerConfig, params: PyTree) -> PyTree:
@@ -146,7 +177,10 @@ def make_optimizer(
     def scaled(rate: float) -> optax.GradientTransformation:
         return optax.scale_by_learning_rate(lambda step: rate * shape(step))
 
-    rescale = OPTIMIZERS[config.name](config)
+    if config.schedule == "onecycle" and config.name in _CYCLED:
+        rescale = _cycled_adam(config, steps)
+    else:
+        rescale = OPTIMIZERS[config.name](config)
     decay = _weight_decay(config, decays, labels, params)
     parts: list[optax.GradientTransformation] = []
     if config.clip_value:
