@@ -26,6 +26,7 @@ from transfer_jax.interop.gpt2 import GPT2_FAMILY
 from transfer_jax.interop.layouts import Tensor
 from transfer_jax.interop.longformer import LONGFORMER
 from transfer_jax.interop.t5 import T5_FAMILY
+from transfer_jax.interop.ttm import TTM_FAMILY
 from transfer_jax.interop.vit import DEIT, VIT
 from transfer_jax.trees.files import Checkpoint, Spec, new_directory, write_checkpoint
 
@@ -33,7 +34,9 @@ PyTree = Any
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (BERT, ROBERTA, CLIP, T5_FAMILY, BART, MBART, GPT2_FAMILY, VIT, DEIT, LONGFORMER)
+    for family in (
+        BERT, ROBERTA, CLIP, T5_FAMILY, BART, MBART, GPT2_FAMILY, VIT, DEIT, LONGFORMER, TTM_FAMILY,
+    )  # fmt: skip
 }
 
 
