@@ -128,6 +128,8 @@ def test_the_file_formats(tmp_path):
     check(interactions.read_table(tmp_path / "r.inter.gz"))
     (tmp_path / "pairs.txt").write_text("b x\nb y\na y\n")
     check(interactions.read_pairs(tmp_path / "pairs.txt"))
+    (tmp_path / "lists.txt").write_text("x y\ny\n")
+    check(interactions.read_lists(tmp_path / "lists.txt"))
     (tmp_path / "ratings.dat").write_text("b::y::1::7\nb::x::5::3\na::y::2::1\n")
     check(interactions.read_movielens(tmp_path / "ratings.dat"))
     rows = [("b", "y", 7), ("b", "x", 3), ("a", "y", 1)]

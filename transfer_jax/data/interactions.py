@@ -424,6 +424,14 @@ def read_pairs(path: str | Path) -> Interactions:
     return Interactions.of([r[0] for r in rows], [r[1] for r in rows])
 
 
+def read_lists(path: str | Path) -> Interactions:
+    """Reads one user per line: the items in order of time, between spaces; users are numbered."""
+    with _text(Path(path)) as file:
+        lists = [line.split() for line in file if line.strip()]
+    owners = np.repeat(np.arange(len(lists)), [len(items) for items in lists])
+    return Interactions.of(owners, [item for items in lists for item in items])
+
+
 def read_movielens(path: str | Path) -> Interactions:
     """Reads MovieLens' ``ratings.dat`` (fields between ``::``), ``u.data`` or ``ratings.csv``."""
     path = Path(path)

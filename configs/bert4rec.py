@@ -1,0 +1,139 @@
+"""BERT4Rec (Sun et al. 2019): sequential recommendation, beside SASRec, GRU4Rec and counting.
+
+``--config.models=bert4rec,sasrec_ce`` chooses what is trained; for the names see
+``transfer_jax/papers/bert4rec.py``. Every table of the report names its protocol.
+
+Measured: see below; nothing of full scale has been run.
+"""
+
+import ml_collections
+
+from transfer_jax.training import base_config, fit_config
+
+VARIANTS = {
+    "generated": "made-up users, five models and three baselines; two minutes on two cores",
+    "ring": "random walks on a ring, whose best accuracies are known; a minute",
+    "scientific": "Amazon Scientific, a part (needs TRANSFER_JAX_DATA); minutes per model",
+    "ml100k": "MovieLens-100K (needs TRANSFER_JAX_DATA); minutes per model",
+    "office": "Amazon Office 5-core (needs TRANSFER_JAX_DATA)",
+    "ml1m": "MovieLens-1M as published, d = 64; ratings.dat with --config.data.options.path=FILE",
+    "ml20m": "MovieLens-20M as published, d = 64; ratings.csv with --config.data.options.path=FILE",
+    "beauty": "Amazon Beauty as published, d = 64 (needs TRANSFER_JAX_DATA)",
+    "steam": "Steam as published, d = 256; a file of pairs with --config.data.options.path=FILE",
+}
+
+# N, rho, P, stride as a share of N, dropout, attention dropout, d, steps, items.
+PUBLISHED = {
+    "ml1m": (200, 0.2, 40, 0.5, 0.2, 0.2, 64, 400_000, 3_416),
+    "ml20m": (200, 0.2, 20, 0.5, 0.1, 0.1, 64, 400_000, 26_744),
+    "beauty": (50, 0.6, 30, 0.1, 0.5, 0.2, 64, 400_000, 54_542),
+    "steam": (50, 0.4, 20, 0.5, 0.2, 0.2, 256, 800_000, 13_044),
+}
+LOGS = {
+    "ml1m": ("movielens_files", {"path": "data/ml-1m/ratings.dat"}),
+    "ml20m": ("movielens_files", {"path": "data/ml-20m/ratings.csv"}),
+    "beauty": ("amazon_beauty_bert4rec", {}),
+    "steam": ("pairs_file", {"path": "data/steam.txt"}),
+    "scientific": ("amazon_scientific_small", {}),
+    "ml100k": ("ml100k", {}),
+    "office": ("amazon_office_5core", {}),
+    "generated": ("generated", {"seed": 0, "users": 600, "items": 200, "length": 24}),
+    "ring": ("random_walks", {"seed": 0, "users": 36_000, "items": 50, "length": 20}),
+}
+# Weight decay is for matrices and tables; norms and biases have none.
+DECAYED = r"(kernel|embedding)$"
+
+
+def get_config(variant: str = "generated") -> ml_collections.ConfigDict:
+    config = base_config("bert4rec")
+    config.task = "recommend"
+    name, options = LOGS[variant]
+    # expected_items is for plans; a run counts the items of its log.
+    config.data = ml_collections.ConfigDict(
+        {"name": name, "options": options, "expected_items": 200}
+    )
+    config.models = ("bert4rec", "bert4rec_1mask", "sasrec_ce", "sasrec_bce", "gru4rec")
+    config.baselines = ("pop", "markov1", "item_knn")
+    config.model = ml_collections.ConfigDict(
+        {
+            "length": 20, "features": 64, "num_layers": 2, "num_heads": 2, "hidden": 256,
+            "dropout": 0.2, "attention_dropout": 0.2, "positions": True, "alignment": "left",
+            "head": "bert", "special_rows": 2, "round_rows_to": 8, "dtype": "",
+        }
+    )  # fmt: skip
+    config.cloze = ml_collections.ConfigDict(
+        {
+            "share": 0.4, "maximum": 8, "last": 1 / 11, "reduction": "token", "rows": "all",
+            "static_masks": False,
+        }
+    )  # fmt: skip
+    config.next_item = ml_collections.ConfigDict(
+        {"negatives": 64, "calibration": 0.75, "correct": True}
+    )
+    config.stride = 0.5  # between windows, as a share of the length
+    config.train_on_validation = False
+    config.batch_size, config.evaluation_batch_size = 128, 256
+    config.block = 0
+    config.negatives = 100
+    config.ks, config.shown, config.ties = (1, 5, 10, 20), (10,), "worst"
+    config.sharding.rules = (
+        (r"(^|/)items/embedding$", ("model",)),
+        (r"(^|/)output_bias$", ("model",)),
+    )
+    optimizer = {
+        "learning_rate": 1e-3, "weight_decay": 0.01, "decay_mask": DECAYED, "clip_norm": 5.0,
+        "warmup_steps": 100, "schedule": "linear",
+    }  # fmt: skip
+    selection = {"monitor": "validation/ndcg@10", "select_best": True}
+    every = {"log_every": 50, "eval_every": 200, "checkpoint_every": 200}
+    config.train = fit_config(steps=2000, optimizer=optimizer, **every, **selection)
+
+    if variant == "generated":
+        config.model.features = config.model.hidden = 32
+        config.model.num_heads = 1
+        config.batch_size = 64
+        config.train.steps = 600
+        config.train.optimizer.learning_rate = 3e-3
+    elif variant == "ring":
+        config.task = "ring"
+        config.models = ("bert4rec", "sasrec_ce")
+        config.test_users = 20_000
+        config.model.update({"features": 32, "hidden": 64, "num_heads": 1})
+        config.model.update({"dropout": 0.0, "attention_dropout": 0.0})
+        config.cloze.update({"share": 0.1, "maximum": 2})
+        config.evaluation_batch_size = 1_000
+        config.train = fit_config(
+            steps=1500, optimizer={**optimizer, "learning_rate": 3e-3}, log_every=100
+        )
+    elif variant == "ml100k":
+        config.model.length = 50
+        config.cloze.update({"share": 0.2, "maximum": 10})
+    elif variant in PUBLISHED:
+        _published(config, variant)
+    return config
+
+
+def _published(config: ml_collections.ConfigDict, variant: str) -> None:
+    """The paper's setting, with its released code where the two differ."""
+    length, share, maximum, stride, dropout, attention, features, steps, items = PUBLISHED[variant]
+    config.data.expected_items = items
+    config.models = ("bert4rec",)
+    config.model.update(
+        {
+            "length": length, "features": features, "num_heads": features // 32,
+            "hidden": 4 * features, "dropout": dropout, "attention_dropout": attention,
+            "special_rows": 4,
+        }
+    )  # fmt: skip
+    config.cloze.update({"share": share, "maximum": maximum})
+    config.stride = stride
+    config.batch_size = 256
+    config.train_on_validation = True
+    # The released schedule decays from step 0, ours from the end of the warm-up.
+    config.train = fit_config(
+        steps=steps, log_every=100, eval_every=20_000, checkpoint_every=20_000,
+        optimizer={
+            "name": "bert_adamw", "eps": 1e-6, "learning_rate": 1e-4, "warmup_steps": 100,
+            "schedule": "linear", "weight_decay": 0.01, "decay_mask": DECAYED, "clip_norm": 5.0,
+        },
+    )  # fmt: skip
