@@ -4,9 +4,11 @@ The honest floor of every comparison. A scorer maps histories to scores float32 
 is the padding.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from transfer_jax.data.interactions import Sequences, item_counts
@@ -82,6 +84,21 @@ SCORERS: dict[str, Callable[[Sequences, int], Scorer]] = {
 }
 
 
+@functools.partial(jax.jit, static_argnames=("ks", "ties"))
+def _ranked(
+    scores: jax.Array, labels: jax.Array, seen: jax.Array | None, negatives: jax.Array | None,
+    ks: tuple[int, ...], ties: str,
+) -> dict[str, jax.Array]:  # fmt: skip
+    scores = scores.at[:, 0].set(-jnp.inf)
+    values = ranking.metrics(ranking.ranks(scores, labels, excluded=seen), ks, ties=ties)
+    if negatives is not None:
+        among = jnp.concatenate([labels[:, None], negatives], axis=1)
+        where = ranking.ranks(jnp.take_along_axis(scores, among, axis=1), jnp.zeros_like(labels))
+        found = ranking.metrics(where, ks, ties=ties)
+        values |= {f"sampled_{name}": value for name, value in found.items()}
+    return values
+
+
 def rank_scorer(
     scorer: Scorer,
     source: EvaluationSource,
@@ -102,24 +119,14 @@ def rank_scorer(
       The metrics of the full ranking, and with the prefix ``sampled_`` of that among negatives.
     """
 
-    @jax.jit
-    def ranked(scores, labels, seen, negatives):
-        scores = scores.at[:, 0].set(-np.inf)
-        values = ranking.metrics(ranking.ranks(scores, labels, excluded=seen), ks, ties=ties)
-        if negatives is not None:
-            among = jax.numpy.concatenate([labels[:, None], negatives], axis=1)
-            own = jax.numpy.take_along_axis(scores, among, axis=1)
-            where = ranking.ranks(own, jax.numpy.zeros_like(labels))
-            found = ranking.metrics(where, ks, ties=ties)
-            values |= {f"sampled_{name}": value for name, value in found.items()}
-        return values
-
     totals: dict[str, float] = {}
     for start in range(0, len(source), block):
         indices = np.arange(start, min(start + block, len(source)))
         batch = source.take(indices)
         scores = scorer(select(source.history, source.users[indices]))
-        values = ranked(scores, batch["labels"], batch.get("seen"), batch.get("negatives"))
+        values = _ranked(
+            scores, batch["labels"], batch.get("seen"), batch.get("negatives"), tuple(ks), ties
+        )
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + float(value.sum())
     return {name: total / len(source) for name, total in totals.items()}
