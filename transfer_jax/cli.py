@@ -1,4 +1,4 @@
-"""The command line: ``transfer-jax list | run | report | compare | merge``.
+"""The command line: ``transfer-jax list | run | report | compare | merge | recommend``.
 
 ``launch/local.py`` shares the options of ``run``.
 
@@ -107,6 +107,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     _add_merge_options(merge)
+    recommend = commands.add_parser(
+        "recommend",
+        help="recommend items with a trained model",
+        description="Writes the best items of every user of a file of interactions, by a model of "
+        "a finished run of a recommender such as bert4rec. See docs/recommend.md.",
+        allow_abbrev=False,
+    )
+    _add_recommend_options(recommend)
 
     arguments, overrides = split_overrides(parser, arguments)
     options = parser.parse_args(arguments)
@@ -118,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _guarded(options.debug, lambda: _compare(options))
     if options.command == "merge":
         return _merge(options)
+    if options.command == "recommend":
+        return _recommend(options)
     return run_experiment(options, overrides, ["transfer-jax", "run"])
 
 
@@ -198,6 +208,40 @@ def _add_merge_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="print the plan, and compute nothing"
     )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of all errors")
+
+
+def _add_recommend_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workdir", metavar="WORKDIR", type=_directory, help="of a finished run")
+    parser.add_argument(
+        "--interactions", required=True, metavar="FILE", type=Path,
+        help="CSV or TSV with a header, also .gz: who used what, and when",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="FILE", type=Path, help="CSV to write")
+    parser.add_argument("--k", type=int, default=10, help="items per user; default: 10")
+    parser.add_argument("--model", help="which of the run's models; default: the first")
+    parser.add_argument("--user", default="user_id", help="column; default: user_id")
+    parser.add_argument("--item", default="item_id", help="column; default: item_id")
+    parser.add_argument(
+        "--time", default="timestamp",
+        help="column of numbers; '' if rows are in order of time; default: timestamp",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep_seen", "--keep-seen", action="store_true", help="recommend known items as well"
+    )
+    parser.add_argument(
+        "--batch_size", "--batch-size", type=int, default=256, help="users at a time; default: 256"
+    )
+    parser.add_argument(
+        "--shards", type=int, default=1, metavar="N",
+        help="devices over which the item table is split; default: 1",
+    )  # fmt: skip
+    parser.add_argument("--platform", choices=["cpu", "gpu", "tpu"], help="default: what JAX finds")
+    parser.add_argument("--devices", type=int, metavar="N", help="N virtual CPU devices")
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true",
+        help="read the files, print what would be done, and compute nothing",
+    )  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show tracebacks of all errors")
 
 
@@ -628,6 +672,35 @@ def _write_merge(plan: Any, max_shard_size: int, out: Path) -> int:
         flush=True,
     )
     return OK
+
+
+# -- recommend ------------------------------------------------------------------------------------
+
+
+def _recommend(options: argparse.Namespace) -> int:
+    set_platform(options.platform, options.devices)
+
+    def run() -> int:
+        from transfer_jax import recommendation
+
+        if not options.out.parent.is_dir():
+            raise ConfigError(f"--out={options.out}: there is no directory {options.out.parent}.")
+        columns = {"user": options.user, "item": options.item, "time": options.time}
+        log = recommendation.read_log(options.interactions, **columns)
+        plan = recommendation.plan(options.workdir, log, options.model)
+        print(plan.describe(), flush=True)
+        if options.dry_run:
+            print(f"out: {options.out}\ndry run: nothing was computed or written")
+            return OK
+        began = time.monotonic()
+        lines = recommendation.export(
+            plan, options.out, k=options.k, batch_size=options.batch_size, shards=options.shards,
+            keep_seen=options.keep_seen,
+        )  # fmt: skip
+        print(f"wrote {options.out} ({lines:,} lines) in {time.monotonic() - began:.1f} s")
+        return OK
+
+    return _guarded(options.debug, run)
 
 
 # -- errors ---------------------------------------------------------------------------------------
