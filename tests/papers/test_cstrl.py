@@ -273,7 +273,7 @@ def run(config, workdir, layout=None):
 
 
 @pytest.mark.slow
-def test_the_recipe_on_one_device_and_on_eight(tmp_path, monkeypatch):
+def test_the_recipe_sees_no_test_report(tmp_path, monkeypatch):
     few = ["methods=ewc", "kd.teacher=ewc"]
     config = apply_overrides(get_config("cstrl:grammar"), [*SMALL, *few])
     seen = []
@@ -284,11 +284,11 @@ def test_the_recipe_on_one_device_and_on_eight(tmp_path, monkeypatch):
         return original(self, name, objective, train, *args, **kwargs)
 
     monkeypatch.setattr(Experiment, "fit", watched)
-    one = run(config, tmp_path / "one", single())
+    results = run(config, tmp_path, single())
     assert [name for name, _ in seen] == [
         "gap-sentences", "ewc-64", "x8-alone", "x8-distilled",
     ]  # fmt: skip
-    methods = [row[0] for row in one["tables"]["Summaries of 8 test reports"]["rows"]]
+    methods = [row[0] for row in results["tables"]["Summaries of 8 test reports"]["rows"]]
     assert methods[:4] == ["constant", "lead-1", "LexRank-1", "nearest neighbour"]
     assert methods[4:] == ["ewc", "x8, alone", "x8, distilled"]
 
@@ -299,12 +299,6 @@ def test_the_recipe_on_one_device_and_on_eight(tmp_path, monkeypatch):
     for name, source in seen[1:]:
         assert not tested & rows_of(source), name
     assert not rows_of(corpus.gaps("test")) & rows_of(seen[0][1])
-
-    config = apply_overrides(config, ["kd.scale=none", "mesh.data=4", "mesh.fsdp=2"])
-    eight = run(config, tmp_path / "eight")
-    expected = [r for r in one["tables"]["Validation, nats per token"]["rows"] if r[0] == "ewc"]
-    got = eight["tables"]["Validation, nats per token"]["rows"]
-    np.testing.assert_allclose(got[0][2:4], expected[0][2:4], rtol=1e-4)
 
 
 def rows_of(source):
