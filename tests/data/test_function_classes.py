@@ -14,7 +14,6 @@ from transfer_jax.data.function_classes import Curriculum, FunctionClass, draw_p
 
 @functools.cache
 def drawer(task, count, shared):
-    @jax.jit
     def draw(seed, now):
         functions, rest = jax.random.split(jax.random.key(seed))
 
@@ -98,12 +97,12 @@ def test_each_place_of_the_window_has_its_own_function():
 def test_dead_relus_are_found_and_left_out():
     """x_2 comes from h ReLUs of x_1 alone: all are dead with probability 2^-h, and 0/0 is NaN."""
     task = FunctionClass(name="seq_relu_2nn", dims=4, points=6, window=2, hidden=4)
-    count = 4096
+    count = 2048
     found = prompts(task, count)
     functions = found.pop("function")
     hidden = np.einsum("nd,ndh->nh", found["xs"][:, 0].astype(np.float64), functions["w1"][:, 0])
     at_once = (hidden <= 0).all(-1)
-    assert at_once.mean() == pytest.approx(1 / 16, rel=0.25)  # 4 deviations
+    assert at_once.mean() == pytest.approx(1 / 16, rel=0.34)  # 4 deviations
     with np.errstate(invalid="ignore"):
         s = np.einsum("nh,nhd->nd", np.maximum(hidden, 0), functions["w2"][:, 0])
         unguarded = s / np.linalg.norm(s, axis=-1, keepdims=True)

@@ -165,7 +165,7 @@ def prompt_model(config: Any, name: str = "transformer") -> PromptModel:
         prompt = jax.ShapeDtypeStruct((1, length, task.dims), jnp.float32)
         return parameter_count(jax.eval_shape(module.init, jax.random.key(0), prompt)["params"])
 
-    wanted, low, high = count(transformer), 4, 2048
+    wanted, low, high = count(transformer), stack.features // 2, 4 * stack.features
     while high - low > 4:
         middle = (low + high) // 8 * 4
         low, high = (middle, high) if count(model(middle)) <= wanted else (low, middle)
