@@ -10,6 +10,7 @@ state that is fed back) and of the state. Hence the inputs of all steps are proj
 product before the scan, and the gradient of ``W`` is one product after the backward scan.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -716,14 +717,11 @@ class Recurrent(nn.Module):
                 "a bidirectional stack cannot carry its state: the backward direction would start "
                 "from what comes later; use streams=None or bidirectional=False"
             )
-
-        def layer(reverse: bool) -> RecurrentLayer:
-            fields = {"dtype": self.dtype, **self.options}
-            return CELLS[self.cell](self.features, reverse=reverse, **fields)
-
-        self.forward = [layer(False) for _ in range(self.layers)]
+        fields = {"dtype": self.dtype, **self.options}
+        layer = functools.partial(CELLS[self.cell], self.features, **fields)
+        self.forward = [layer(reverse=False) for _ in range(self.layers)]
         if self.bidirectional:
-            self.backward = [layer(True) for _ in range(self.layers)]
+            self.backward = [layer(reverse=True) for _ in range(self.layers)]
         self.drop = nn.Dropout(self.dropout, broadcast_dims=(1,) if self.tie_dropout else ())
         self.carry: Any = None
         if self.streams is not None and (
@@ -733,8 +731,8 @@ class Recurrent(nn.Module):
 
     def initial_state(self, batch: int) -> tuple[State, ...]:
         """The state of every layer before the first step."""
-        one = [layer.initial_state(batch) for layer in self.forward]
-        return tuple((s, s) for s in one) if self.bidirectional else tuple(one)
+        one = CELLS[self.cell](self.features, parent=None, **self.options).initial_state(batch)
+        return ((one, one) if self.bidirectional else one,) * self.layers
 
     def run(
         self,

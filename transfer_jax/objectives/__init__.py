@@ -1,6 +1,7 @@
 """The objective protocol, the basic objectives, and the transformations that make methods."""
 
 from transfer_jax.objectives.base import Aux, Mean, Objective, Transformed, Variables
+from transfer_jax.objectives.carried import TruncatedBPTT
 from transfer_jax.objectives.contrastive import (
     ImageTextClassification,
     ZeroShotClassification,
@@ -46,6 +47,7 @@ __all__ = [
     "Seq2Seq",
     "Trainable",
     "Transformed",
+    "TruncatedBPTT",
     "Variables",
     "WarmStart",
     "ZeroShotClassification",
