@@ -1,5 +1,8 @@
 """The generated task, generation with added parameters, the recipe, the published settings."""
 
+import gzip
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +10,21 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from transfer_jax.configuration import ConfigError, apply_overrides, get_config, list_configs
-from transfer_jax.models import Bart, BartConfig, Decoding, bart_stack, generate_targets
+from transfer_jax.interop import save_pretrained, train_tokenizer
+from transfer_jax.models import (
+    Bart,
+    BartConfig,
+    Bert,
+    BertConfig,
+    Decoding,
+    bart_stack,
+    bert_stack,
+    generate_targets,
+)
 from transfer_jax.nn import petl
 from transfer_jax.objectives import Seq2Seq, Variables
 from transfer_jax.papers import unified_petl
-from transfer_jax.training import Experiment, Layout, make_mesh
+from transfer_jax.training import Experiment, Layout, load_variables, make_mesh
 from transfer_jax.training.aot import lower_step
 from transfer_jax.training.sharding import bytes_per_device, placement_table
 
@@ -128,14 +141,155 @@ def test_recipe_on_one_and_on_eight_devices(tmp_path):
     assert mam == 2 * 8 * 8 + 2 * 24 * 8 + 24 + 8
 
 
-def test_a_published_setting_has_no_data(tmp_path):
-    with pytest.raises(ConfigError, match="published setting"):
-        Experiment(get_config("unified_petl:mnli"), tmp_path).run()
+# -- real data, in files of the same layout -----------------------------------------------------
+
+WORDS = ("good", "bad", "dog", "cat", "runs", "sleeps", "a", "the", "where", "is")
+ONE = Layout(make_mesh({"data": 1}, jax.devices()[:1]))
+
+
+def phrases(count, seed, length=4):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, length)) for _ in range(count)]
+
+
+def run(variant, workdir, overrides, methods=()):
+    config = apply_overrides(get_config(f"unified_petl:{variant}"), overrides)
+    with config.unlocked():
+        for name in set(config.get("methods", {})) - set(methods):
+            del config.methods[name]
+        for name in methods:
+            config.methods[name].learning_rates = (1e-2,)
+    exp = Experiment(config, workdir)
+    exp.layout = ONE
+    return exp.run()
+
+
+SMALL = [
+    "model.features=8", "model.num_layers=1", "model.hidden=16", "model.num_heads=2",
+    "model.dropout=0", "data.vocabulary=280", "batch_size=8", "eval_batch_size=16",
+    "pretrain.steps=2", "pretrain.optimizer.warmup_steps=0", "transfer.steps=2",
+    "transfer.optimizer.warmup_steps=0",
+]  # fmt: skip
+
+
+def store(folder, stems, line):
+    """Writes 20 lines to each file of a collection."""
+    folder.mkdir()
+    for seed, stem in enumerate(stems):
+        rows = [line(i, text) for i, text in enumerate(phrases(20, seed))]
+        (folder / f"{stem}.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+
+
+def test_sentences_are_learned_from_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRANSFER_JAX_DATA", str(tmp_path))
+    stems = ("custrev.all", *(f"stsa.binary.{part}" for part in ("train", "dev", "test")))
+    store(tmp_path / "sentence_tasks", stems, lambda i, text: f"{i % 2} {text}")
+    overrides = [
+        *SMALL, "data.sources=cr", "data.target=sst2", "data.length=8", "model.attention_dropout=0",
+    ]  # fmt: skip
+    results = run("sentences", tmp_path / "run", overrides, ("mam",))
+    rows = results["tables"]["Accuracy on sst2 (test)"]["rows"]
+    assert [row[2] for row in rows] == [2 * 8 * 8 + 2 * 8 * 8 + 8 + 8]
+
+
+@pytest.mark.slow
+def test_captions_are_translated_from_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRANSFER_JAX_DATA", str(tmp_path))
+    parts = ("train", "val", "test_2016_flickr", "test_2017_flickr")
+    stems = [f"{part}.{language}" for language in ("en", "de") for part in parts]
+    store(tmp_path / "multi30k_en_de", stems, lambda i, text: text)
+    overrides = [*SMALL, "data.length=12"]
+    results = run("multi30k", tmp_path / "run", overrides, ("mam",))
+    (row,) = results["tables"]["English to German, test_2016"]["rows"]
+    assert row[0] == "mam" and 0 <= row[1] <= 100
+    assert row[4] == 3 * 2 * 8 * 8 + 2 * (2 * 48 * 8 + 48 + 8)  # three attentions, two FFNs
+
+
+def test_infilling_hides_spans_and_keeps_the_rest():
+    rng = np.random.default_rng(0)
+    for length in (1, 7, 40):
+        tokens = np.arange(10, 10 + length)
+        holes = unified_petl.infill(tokens, 0.35, 3.0, 4, rng)
+        kept = holes[holes != 4]
+        assert len(kept) <= 0.65 * length and set(kept) <= set(tokens)
+        assert (np.diff(kept) > 0).all() and not ((holes[1:] == 4) & (holes[:-1] == 4)).any()
+        assert len(kept) < length and (holes == 4).any()
+
+
+def save_model(path, module):
+    """A pretrained directory: weights and a tokeniser."""
+    tokens = jnp.ones((1, 4), jnp.int32)
+    args = (tokens, tokens) if isinstance(module, Bart) else (tokens,)
+    save_pretrained(path, module, jax.jit(module.init)(jax.random.key(0), *args)["params"])
+    train_tokenizer(WORDS, 290).backend.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text('{"pad_token": "<pad>"}')
+
+
+STACK = {
+    "features": 8, "num_layers": 2, "num_heads": 2, "hidden": 16, "dropout": 0.0,
+    "attention_dropout": 0.0,
+}  # fmt: skip
+
+
+def published(tmp_path, variant, model, overrides):
+    common = [
+        f"data.directory={tmp_path}", f"pretrained={tmp_path / model}", "batch_size=4",
+        "train.steps=2", "train.eval_every=2", "train.accumulate=1",
+    ]  # fmt: skip
+    return run(variant, tmp_path / "run", [*common, *overrides])["scalars"]
+
+
+def test_a_task_of_glue_runs_on_files(tmp_path):
+    config = BertConfig(
+        vocab_size=290, stack=bert_stack(norm_eps=1e-5, **STACK), max_positions=34,
+        position_offset=2, token_types=1, roberta=True, head="masked_lm",
+    )  # fmt: skip
+    save_model(tmp_path / "roberta", Bert(config))
+    classes = get_config("unified_petl:mnli").data.classes
+    for name, seed in (("train", 0), ("dev_matched", 1)):
+        rows = [
+            "\t".join((a, b, classes[i % 3]))
+            for i, (a, b) in enumerate(zip(phrases(12, seed), phrases(12, seed + 9, 12)))
+        ]
+        text = "\n".join(("sentence1\tsentence2\tgold_label", *rows))
+        (tmp_path / f"{name}.tsv").write_text(text)
+    overrides = ["length=32", "data.boundaries=32", "train.optimizer.warmup_steps=0"]
+    scalars = published(tmp_path, "mnli", "roberta", overrides)
+    assert 0 <= scalars["validation accuracy"] <= 1
+    stored = load_variables(tmp_path / "run" / "stages" / "train").params
+    assert not jax.tree.leaves(stored["full"])  # the drawn head is frozen too
+
+
+@pytest.mark.slow
+def test_summaries_are_learned_from_files(tmp_path):
+    encoder = bart_stack(**STACK)
+    decoder = bart_stack(**STACK, causal=True, cross_attention=True)
+    config = BartConfig(vocab_size=290, encoder=encoder, decoder=decoder, max_positions=34)
+    save_model(tmp_path / "bart", Bart(config))
+    for name in ("train", "validation", "test"):
+        rows = [
+            json.dumps({"document": a, "summary": b})
+            for a, b in zip(phrases(8, 3, 20), phrases(8, 4))
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    overrides = [
+        "length=16", "target_length=8", "data.boundaries=16", "decode.max_tokens=6",
+        "decode.min_tokens=1", "decode.num_beams=2",
+    ]  # fmt: skip
+    scalars = published(tmp_path, "xsum", "bart", overrides)
+    assert set(scalars) == {"test rouge1", "test rouge2", "test rougeLsum"}
+
+
+def test_a_published_setting_says_what_it_needs(tmp_path):
+    for variant in ("mnli", "en_ro"):
+        with pytest.raises(ConfigError, match=r"published setting needs both.*tokenizer\.json"):
+            Experiment(get_config(f"unified_petl:{variant}"), tmp_path / variant).run()
 
 
 @pytest.mark.parametrize("variant", PUBLISHED)
 def test_published_settings_lower_with_the_published_numbers(variant):
-    assert set(PUBLISHED) == set(list_configs()["unified_petl"].variants) - {"markov"}
+    small = {"markov", "sentences", "multi30k"}
+    assert set(PUBLISHED) == set(list_configs()["unified_petl"].variants) - small
     config = get_config(f"unified_petl:{variant}")
     rules = tuple((pattern, PartitionSpec(*spec)) for pattern, spec in config.sharding.rules)
     objective, batch, settings = unified_petl.plan(config)
