@@ -55,9 +55,9 @@ for others set the columns, such as ``--config.data.train=train.jsonl``. XSum is
 sacrebleu's own tokens, not of the paper's Moses script and normalised Romanian. Here they ran on
 small models and tables of the same layout only, in the tests; no published number was reproduced.
 
-They can also be lowered ahead of time (``plan``). On an abstract mesh of 4 x 2 devices a device holds, in MiB: added parameters with the prefixes' training
-network and their moments 178 (mnli), 465 (mnli_large), 849 (xsum, en_ro); frozen backbone in
-float32 313, 779, 878 and 1,659.
+They can also be lowered ahead of time (``plan``). On an abstract mesh of 4 x 2 devices a device
+holds, in MiB: added parameters with the prefixes' training network and their moments 178 (mnli),
+465 (mnli_large), 849 (xsum, en_ro); frozen backbone in float32 313, 779, 878 and 1,659.
 """
 
 from typing import Any
