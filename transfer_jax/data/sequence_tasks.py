@@ -27,7 +27,7 @@ class Adding:
     """The sum of two marked numbers in a stream (Hochreiter and Schmidhuber 1997, experiment 4).
 
     ``inputs`` [T, 2] float32: numbers uniform in [0, 1), and marks, one in each half; ``labels``
-    scalar float32. The best constant, 1, has mean squared error 1/6.
+    [1] float32. The best constant, 1, has mean squared error 1/6.
 
     Attributes:
       length: T.
@@ -46,7 +46,8 @@ class Adding:
         second = jax.random.randint(keys[2], (), half, self.length)
         steps = jnp.arange(self.length)
         marks = ((steps == first) | (steps == second)).astype(jnp.float32)
-        return {"inputs": jnp.stack([values, marks], axis=-1), "labels": (values * marks).sum()}
+        labels = (values * marks).sum(keepdims=True)
+        return {"inputs": jnp.stack([values, marks], axis=-1), "labels": labels}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,7 +77,9 @@ class CTC(ModuleObjective):
         return mean.value(), Aux(state, metrics, mean.weight, logits)
 
 
-def best_path(logits: Array, lengths: Array | None = None, *, blank: int = 0) -> list[list[int]]:
+def best_path(
+    logits: Array | np.ndarray, lengths: Array | np.ndarray | None = None, *, blank: int = 0
+) -> list[list[int]]:
     """The labelling of the likeliest path: not always the likeliest labelling.
 
     Args:
@@ -93,7 +95,7 @@ def best_path(logits: Array, lengths: Array | None = None, *, blank: int = 0) ->
     return [collapse(path[:valid], blank=blank) for path, valid in zip(paths, steps)]
 
 
-def _steps(values: np.ndarray, lengths: Array | None) -> np.ndarray:
+def _steps(values: np.ndarray, lengths: Array | np.ndarray | None) -> np.ndarray:
     """``lengths``, or those of ``values`` [B, T, ...] where there are none."""
     return np.full(len(values), values.shape[1]) if lengths is None else np.asarray(lengths)
 
@@ -107,7 +109,11 @@ def collapse(path: Sequence[int] | np.ndarray, *, blank: int = 0) -> list[int]:
 
 
 def prefix_beam(
-    logits: Array, lengths: Array | None = None, *, beams: int = 10, blank: int = 0
+    logits: Array | np.ndarray,
+    lengths: Array | np.ndarray | None = None,
+    *,
+    beams: int = 10,
+    blank: int = 0,
 ) -> list[list[int]]:
     """The likeliest labellings found by prefix beam search (Graves 2012; Hannun et al. 2014).
 
