@@ -249,27 +249,25 @@ def markov(exp: Experiment) -> None:
 # -- sentences ------------------------------------------------------------------------------------
 
 HEAD = "^(pooler|classifier)/"
+BODY = ("tokens", "positions", "token_types", "embedding_norm", "stack")
 
 
 def sentences(exp: Experiment) -> None:
-    """Learns the classes of ``config.data.sources``, and compares on another set.
-
-    All sources have one classifier, of 12 classes for four sets.
-    """
+    """Learns ``config.data.sources`` with one classifier of all their classes, then another set."""
     cfg = exp.config
     sources = {name: texts.sentence_task(name, seed=cfg.seed) for name in cfg.data.sources}
     target = texts.sentence_task(cfg.data.target, seed=cfg.seed)
     known = [text for task in sources.values() for text in task["train"].texts]
     tokenizer = train_tokenizer(known, cfg.data.vocabulary, max_length=cfg.data.length)
 
-    def encode(labelled: texts.Labelled, first: int = 0) -> dict[str, np.ndarray]:
+    def arrays(labelled: texts.Labelled, first: int = 0) -> dict[str, np.ndarray]:
         tokens = tokenizer(labelled.texts, length=cfg.data.length)
         labels = labelled.labels + np.int32(first)
         return {"inputs": tokens.inputs, "lengths": tokens.lengths, "labels": labels}
 
     starts = np.cumsum([0, *(texts.SENTENCE_CLASSES[name] for name in sources)])
     pool = {
-        split: _joined([encode(task[split], at) for task, at in zip(sources.values(), starts)])
+        split: _joined([arrays(task[split], at) for task, at in zip(sources.values(), starts)])
         for split in ("train", "validation")
     }
 
@@ -289,7 +287,7 @@ def sentences(exp: Experiment) -> None:
 
     body = {k: v for k, v in source.params.items() if k in BODY}
     task = classifier(texts.SENTENCE_CLASSES[cfg.data.target])
-    data = {split: ArraySource(encode(part)) for split, part in target.items()}
+    data = {split: ArraySource(arrays(part)) for split, part in target.items()}
     train = _train(exp, "target", data["train"])
     drawn = jax.eval_shape(task.init, jax.random.key(0), train.example_batch()).params
     start, params = WarmStart(inner=task, params=body), {**drawn, **body}
@@ -315,9 +313,6 @@ def sentences(exp: Experiment) -> None:
     )  # fmt: skip
     _rates(exp, results)
     exp.bars("Accuracy", [row[0] for row in rows], {"": [row[1] for row in rows]})
-
-
-BODY = ("tokens", "positions", "token_types", "embedding_norm", "stack")
 
 
 def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
