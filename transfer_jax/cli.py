@@ -1,4 +1,5 @@
-"""The command line: ``transfer-jax list | run | report | compare | merge | recommend``.
+"""The command line: ``transfer-jax list | run | report | compare | merge | recommend |
+forecast``.
 
 ``launch/local.py`` shares the options of ``run``.
 
@@ -115,6 +116,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     _add_recommend_options(recommend)
+    forecast = commands.add_parser(
+        "forecast",
+        help="forecast the columns of a CSV file",
+        description="Forecasts the columns of a CSV file with a trained Tiny Time Mixer; writes a "
+        "CSV file and a plot. See docs/forecast.md.",
+        allow_abbrev=False,
+    )
+    _add_forecast_options(forecast)
 
     arguments, overrides = split_overrides(parser, arguments)
     options = parser.parse_args(arguments)
@@ -128,6 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _merge(options)
     if options.command == "recommend":
         return _recommend(options)
+    if options.command == "forecast":
+        from transfer_jax import forecast as forecasting
+
+        return forecasting.main(options, _guarded)
     return run_experiment(options, overrides, ["transfer-jax", "run"])
 
 
@@ -242,6 +255,31 @@ def _add_recommend_options(parser: argparse.ArgumentParser) -> None:
         "--dry_run", "--dry-run", action="store_true",
         help="read the files, print what would be done, and compute nothing",
     )  # fmt: skip
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of all errors")
+
+
+def _add_forecast_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="CSV", type=Path, help="a header, timestamps and numbers")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", type=Path,
+        help="a work directory of 'ttm', or a granite-tsfm directory",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", default="forecast.csv", metavar="CSV", type=Path,
+        help="default: forecast.csv; the plot has the same name with .png",
+    )  # fmt: skip
+    parser.add_argument("--horizon", type=int, default=0, help="steps; default: the network's")
+    parser.add_argument("--columns", nargs="+", metavar="NAME", help="default: all but the time")
+    parser.add_argument(
+        "--time_column", "--time-column", default="", metavar="NAME",
+        help="default: date, timestamp, time, datetime or ds",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stage", default="pretrain", help="of a work directory; default: pretrain"
+    )
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="print the plan, and compute nothing"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of all errors")
 
 

@@ -97,7 +97,8 @@ def test_sampled_windows_follow_the_capped_counts():
         data.Series(np.arange(n, dtype=np.float32)[:, None], ("x",), s, str(n))
         for n, s in zip(lengths, (300.0, 900.0, 3600.0))
     ]
-    source = data.SampledWindows(series, 8, 3, cap=cap, seed=1)
+    corpus = data.Corpus.of(series, 11)
+    source = data.SampledWindows(corpus, 11, cap=cap, seed=1)
     counts = np.array([n - 10 for n in lengths])
     np.testing.assert_allclose(source.weights, np.minimum(counts, cap) / 100)
     drawn = source.take(np.arange(20_000))
@@ -108,7 +109,7 @@ def test_sampled_windows_follow_the_capped_counts():
     # Uniform over the windows of a series.
     np.testing.assert_allclose(np.histogram(last, 7, (0, 490))[0] / len(last), 1 / 7, atol=0.02)
     # No window crosses into the next series: steps within one are equal.
-    rows = source.values[drawn["start"][:500, None] + np.arange(11), 0]
+    rows = corpus.values[drawn["start"][:500, None] + np.arange(11), 0]
     assert (np.diff(rows, axis=1) > 0).all()
     # Window i depends on (seed, i) alone: two processes together read what one does.
     whole = Pipeline(source, 8, repeat=True)
@@ -118,7 +119,7 @@ def test_sampled_windows_follow_the_capped_counts():
     np.testing.assert_array_equal(both, source.take(np.arange(8, 16))["start"])
     for it in parts:
         it.close()
-    other = data.SampledWindows(series, 8, 3, cap=cap, seed=2)
+    other = data.SampledWindows(corpus, 11, cap=cap, seed=2)
     assert (other.take(np.arange(50))["start"] != drawn["start"][:50]).any()
 
 

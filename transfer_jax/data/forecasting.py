@@ -10,7 +10,7 @@ import datetime
 import gzip
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,12 +39,19 @@ class Series:
       columns: names, C of them.
       seconds: between rows; 0 = unknown.
       name: for messages and tables.
+      train: leading rows that its scaler may know; None = all.
     """
 
     values: np.ndarray
     columns: tuple[str, ...]
     seconds: float
     name: str = ""
+    train: int | None = None
+
+    def scaled(self, clip: float = 0.0) -> np.ndarray:
+        """Returns the z-scored values, clipped to +-clip (0 = not): counts can have heavy tails."""
+        values = Scaler.of(self.values[: self.train]).transform(self.values)
+        return np.clip(values, -clip, clip) if clip else values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +79,18 @@ class Scaler:
 
 
 def read_csv(
-    path: str | Path, time_column: str | None, *, skip: Sequence[str] = ()
+    path: str | Path,
+    time_column: str | None,
+    *,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
 ) -> tuple[np.ndarray | None, tuple[str, ...], np.ndarray]:
     """Reads a CSV file with a header; ``.gz`` files too.
 
     Args:
       path: the file.
       time_column: column of ISO timestamps; None = there is none.
+      only: the columns to read, in this order; () = all.
       skip: columns to leave out.
 
     Returns:
@@ -86,13 +98,15 @@ def read_csv(
       float64 [T, C]; empty cells are NaN.
 
     Raises:
-      ValueError: the time column is missing or holds no timestamps, or a cell is no number.
+      ValueError: a column is missing, the time column holds no timestamps, or a cell is no number.
     """
     path = require_file(path, "Give the path of a CSV file with a header.")
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+    with _opened(path) as file:
         reader = csv.reader(file)
         header = [name.strip() for name in next(reader, [])]
         rows = [row for row in reader if row]
+    if absent := [name for name in only if name not in header]:
+        raise ValueError(f"{path} has no column {absent[0]!r}; it has {', '.join(header)}.")
     if time_column is not None and time_column not in header:
         raise ValueError(
             f"{path} has no column {time_column!r}; it has {', '.join(header)}. Name the column "
@@ -103,7 +117,7 @@ def read_csv(
             raise ValueError(
                 f"{path}, line {i + 2}: {len(row)} cells under {len(header)} names of columns."
             )
-    columns = tuple(c for c in header if c != time_column and c not in skip)
+    columns = tuple(c for c in only or header if c != time_column and c not in skip)
     values = np.empty((len(rows), len(columns)))
     for j, name in enumerate(columns):
         cells = [row[header.index(name)].strip() for row in rows]
@@ -126,6 +140,17 @@ def read_csv(
             f"2024-01-31 18:00:00 ({e})."
         ) from None
     return times, columns, values
+
+
+def read_header(path: str | Path) -> list[str]:
+    """Returns the names of the columns of a CSV file."""
+    path = require_file(path, "Give the path of a CSV file with a header.")
+    with _opened(path) as file:
+        return [name.strip() for name in next(csv.reader(file), [])]
+
+
+def _opened(path: Path) -> IO[str]:
+    return gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
 
 
 def _moment(cell: str) -> np.datetime64:
@@ -296,9 +321,7 @@ def csv_series(directory: str | Path) -> list[Series]:
     for file in sorted(
         p for p in Path(directory).glob("*") if p.name.endswith((".csv", ".csv.gz"))
     ):
-        with gzip.open(file, "rt") if file.suffix == ".gz" else file.open() as lines:
-            first = next(csv.reader(lines))[0].strip()
-        times, columns, values = read_csv(file, first)
+        times, columns, values = read_csv(file, read_header(file)[0])
         assert times is not None
         seconds = float(np.median(np.diff(times).astype(np.int64)))
         series.append(Series(values.astype(np.float32), columns, seconds, file.name))
@@ -348,6 +371,32 @@ def generated(
     return result
 
 
+def generated_benchmark(
+    rows: int, seed: int, *, channels: int = 3, exogenous: bool = False
+) -> Benchmark:
+    """Draws a set by the hour, cut 60, 20 and 20 %: columns of ``generated``.
+
+    Args:
+      rows: in all.
+      seed: of the draw.
+      channels: columns to forecast.
+      exogenous: adds a last column whose future is known, noise that remembers, and adds it to the
+        others at the same step.
+    """
+    raw = generated(1, rows, seed, resolutions=(3600,), channels=channels)[0]
+    if exogenous:
+        cause = np.random.default_rng([seed, 1_000_000]).normal(size=(rows, 1))
+        for t in range(1, rows):
+            cause[t] += 0.5 * cause[t - 1]
+        values = np.concatenate([raw.values + 0.8 * cause, cause], axis=1).astype(np.float32)
+        raw = dataclasses.replace(raw, values=values, columns=(*raw.columns, "cause"))
+    part = rows // 5
+    return Benchmark.of(
+        dataclasses.replace(raw, name="generated"), (rows - 2 * part, part, part),
+        targets=tuple(range(channels)), exogenous=(channels,) if exogenous else (),
+    )  # fmt: skip
+
+
 # -- resolutions ----------------------------------------------------------------------------------
 
 
@@ -366,7 +415,7 @@ def coarsen(series: Series, factor: int, method: str = "average") -> Series:
     values = groups.mean(axis=1, dtype=np.float64) if method == "average" else groups[:, 0]
     return dataclasses.replace(
         series, values=values.astype(np.float32), seconds=series.seconds * factor,
-        name=f"{series.name}/{factor}",
+        name=f"{series.name}/{factor}", train=series.train and series.train // factor,
     )  # fmt: skip
 
 
@@ -419,69 +468,80 @@ class Windows:
         return {**rest, "inputs": inputs, "targets": targets}
 
 
-def window_source(starts: np.ndarray, token: int | None = None) -> ArraySource:
-    """Returns a source of windows of one set, with ``freq_token`` where a token is given."""
-    arrays = {"start": np.asarray(starts, np.int32)}
-    if token is not None:
-        arrays["freq_token"] = np.full(len(starts), token, np.int32)
-    return ArraySource(arrays)
+def window_source(starts: np.ndarray, token: int) -> ArraySource:
+    """Returns a source of the windows of one set, all of one resolution."""
+    tokens = np.full(len(starts), token, np.int32)
+    return ArraySource({"start": np.asarray(starts, np.int32), "freq_token": tokens})
+
+
+class Corpus(NamedTuple):
+    """Univariate series, one after the other.
+
+    Attributes:
+      values: float32 [N, 1], z-scored; every column of every series.
+      offsets: int64 [S], where each begins.
+      lengths: int64 [S].
+      tokens: int32 [S], resolutions.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+    tokens: np.ndarray
+
+    @classmethod
+    def of(
+        cls, series: Sequence[Series], least: int, *, vocab: int = 10, clip: float = 0.0
+    ) -> "Corpus":
+        """Joins the series.
+
+        Args:
+          series: of any resolutions.
+          least: rows of a window; shorter series are left out.
+          vocab: number of resolution tokens.
+          clip: see ``Series.scaled``.
+
+        Raises:
+          ValueError: no series is long enough, or there are more rows than int32 counts.
+        """
+        parts: list[np.ndarray] = []
+        tokens: list[int] = []
+        for one in series:
+            if len(one.values) >= least:
+                parts += list(one.scaled(clip).T)
+                tokens += [resolution_token(one.seconds, vocab)] * one.values.shape[1]
+        if not parts:
+            raise ValueError(f"none of {len(series)} series has the {least} rows of a window.")
+        lengths = np.array([len(part) for part in parts])
+        if lengths.sum() >= 2**31:
+            raise ValueError(f"{lengths.sum()} rows are more than int32 can number.")
+        values = np.concatenate(parts)[:, None]
+        return cls(values, np.cumsum(lengths) - lengths, lengths, np.array(tokens, np.int32))
 
 
 class SampledWindows:
-    """Windows of many univariate series, drawn for ever.
+    """Windows of a corpus, drawn for ever.
 
     A series is drawn with probability proportional to ``min(its windows, cap)``, so that long ones
     do not dominate, then one of its windows. Window i is a pure function of (seed, i): read it with
     ``repeat=True`` and no shuffling.
 
     Args:
-      series: every column is a series of its own. Those without a window are left out.
-      context, horizon: steps.
+      corpus: the series.
+      length: rows of a window, context and horizon.
       cap: see above.
       seed: of the draw.
-      vocab: number of resolution tokens.
-      clip: z-scores are clipped to +-clip (0 = off).
 
     Attributes:
-      values: float32 [N, 1], all series z-scored, one after the other, for ``Windows``.
       weights: float64 [S], the probabilities.
-
-    Raises:
-      ValueError: no series has a window, or there are more rows than int32 counts.
     """
 
-    def __init__(
-        self,
-        series: Sequence[Series],
-        context: int,
-        horizon: int,
-        *,
-        cap: int,
-        seed: int,
-        vocab: int = 10,
-        clip: float = 0.0,
-    ):
-        parts, tokens = [], []
-        for one in series:
-            if len(one.values) < context + horizon:
-                continue
-            scaled = Scaler.of(one.values).transform(one.values)
-            parts += list(np.clip(scaled, -clip, clip).T if clip else scaled.T)
-            tokens += [resolution_token(one.seconds, vocab)] * scaled.shape[1]
-        if not parts:
-            raise ValueError(
-                f"none of {len(series)} series has the {context + horizon} rows of a window."
-            )
-        lengths = np.array([len(part) for part in parts])
-        if lengths.sum() >= 2**31:
-            raise ValueError(f"{lengths.sum()} rows are more than int32 can number.")
-        self.values = np.concatenate(parts)[:, None]
-        self.counts = lengths - context - horizon + 1
+    def __init__(self, corpus: Corpus, length: int, *, cap: int, seed: int):
+        self.corpus = corpus
+        self.counts = corpus.lengths - length + 1
         weights = np.minimum(self.counts, cap)
         self.weights = weights / weights.sum()
-        self._offsets = np.cumsum(lengths) - lengths
         self._edges = np.cumsum(self.weights)
-        self._tokens = np.array(tokens, np.int32)
         self.seed = seed
 
     def __len__(self) -> int:
@@ -493,8 +553,8 @@ class SampledWindows:
     def take(self, indices: np.ndarray) -> Example:
         which, where = _uniform(self.seed, 2 * indices), _uniform(self.seed, 2 * indices + 1)
         chosen = np.minimum(np.searchsorted(self._edges, which, side="right"), len(self.counts) - 1)
-        start = self._offsets[chosen] + (where * self.counts[chosen]).astype(np.int64)
-        return {"start": start.astype(np.int32), "freq_token": self._tokens[chosen]}
+        start = self.corpus.offsets[chosen] + (where * self.counts[chosen]).astype(np.int64)
+        return {"start": start.astype(np.int32), "freq_token": self.corpus.tokens[chosen]}
 
 
 def _uniform(seed: int, counters: np.ndarray) -> np.ndarray:

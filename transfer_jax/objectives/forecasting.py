@@ -29,15 +29,12 @@ class Forecasting(ModuleObjective):
       loss_name: 'mse', 'mae', 'huber' or 'pinball', max(q e, (q - 1) e) with e = target - forecast.
       delta: of 'huber', where it turns from quadratic to linear.
       quantile: q of 'pinball'.
-      clip: targets are first clipped to +-clip, so that outliers of z-scored heavy-tailed series
-        do not make the loss (0 = off).
     """
 
     channels: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     loss_name: str = flax.struct.field(pytree_node=False, default="mse")
     delta: float = 1.0
     quantile: float = 0.5
-    clip: float = flax.struct.field(pytree_node=False, default=0.0)
 
     def loss(self, variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
         outputs, state = self.apply(variables, batch, rng)
@@ -52,8 +49,6 @@ class Forecasting(ModuleObjective):
             known = self._select(batch["known"], outputs)
             targets = jnp.where(known > 0, targets, 0.0)
             weights = weights * known
-        if self.clip:
-            targets = jnp.clip(targets, -self.clip, self.clip)
         error = targets - outputs
         squared, absolute = jnp.square(error), jnp.abs(error)
         metrics = {"mse": Mean.of(squared, weights), "mae": Mean.of(absolute, weights)}

@@ -1,0 +1,165 @@
+"""TTM (Tiny Time Mixers, 2024): zero-shot and few-shot forecasting with small gated MLPs."""
+
+import dataclasses
+from typing import Any
+
+import ml_collections
+
+from transfer_jax.training import base_config, fit_config
+
+VARIANTS = {
+    "generated": "pre-training on made-up series of three resolutions; no files, two minutes",
+    "etth1": "pre-training on ETTh2 and the NAB series, tested on ETTh1 (needs TRANSFER_JAX_DATA)",
+    "rpt": "resolution prefix on and off, short contexts (needs TRANSFER_JAX_DATA)",
+    "bike_sharing": "channel mixing and known future values (needs TRANSFER_JAX_DATA)",
+    "ttm_b": "TTM-B with prefix, published sizes: --config.corpus.path=DIRECTORY of CSV files",
+    "ttm_e": "TTM-E with prefix, published sizes",
+    "ttm_a": "TTM-A with prefix, published sizes",
+}
+
+
+def get_config(variant: str = "generated") -> ml_collections.ConfigDict:
+    config = _base()
+    if variant == "etth1":
+        _etth1(config)
+    elif variant == "rpt":
+        _rpt(config)
+    elif variant == "bike_sharing":
+        _bike_sharing(config)
+    elif variant.startswith("ttm_"):
+        _published(config, variant)
+    return config
+
+
+def _model(**changes: Any) -> ml_collections.ConfigDict:
+    """All settings of ``models.ttm.TTMConfig``."""
+    from transfer_jax.models.ttm import TTMConfig
+
+    return ml_collections.ConfigDict(dataclasses.asdict(TTMConfig(**changes)))
+
+
+def _base() -> ml_collections.ConfigDict:
+    config = base_config("ttm")
+    config.task = "transfer"
+    config.dtype = "float32"
+    config.loss = "mse"
+    config.model = _model(
+        context_length=96, prediction_length=24, patch_length=16, patch_stride=16, d_model=48,
+        decoder_d_model=32, num_layers=1, decoder_layers=1, dropout=0.1, head_dropout=0.1,
+    )  # fmt: skip
+    # What is read as a corpus; see papers.ttm.corpus_series.
+    config.corpus = ml_collections.ConfigDict(
+        {
+            "path": "", "count": 24, "rows": 3000, "seed": 1, "cap": 2000, "clip": 5.0,
+            "resolutions": (900, 1800, 3600), "planned_rows": 0,
+        }
+    )  # fmt: skip
+    # Name -> (series, how coarser copies are made).
+    config.corpora = ml_collections.ConfigDict({"generated": (("generated",), "average")})
+    config.target = ml_collections.ConfigDict(
+        {"name": "generated", "path": "", "rows": 2400, "seed": 2}
+    )
+    config.batch_size = 128
+    config.pretrain = fit_config(
+        steps=300,
+        optimizer={"learning_rate": 2e-3, "schedule": "onecycle", "weight_decay": 0.01},
+    )
+    config.fractions = (0.15,)
+    config.fewshot_location = "first"
+    config.full_data = False
+    config.ways = ("head", "full", "scratch")
+    config.dlinear = True
+    config.tune_batch_size = 64
+    config.tune_epochs = 30
+    config.tune_head_dropout = 0.1
+    config.tune = _tune(learning_rate=1e-3)
+    config.eval_batch_size = 256
+    config.validation_stride = 1
+    config.profile_days = 7
+    config.ridge_windows = 20_000
+    config.horizons = (12, 24, 48)
+    return config
+
+
+def _tune(**optimizer: Any) -> ml_collections.ConfigDict:
+    """Stops after ten epochs without improvement on validation and keeps the best parameters."""
+    return fit_config(
+        steps=400, eval_every=100, monitor="validation/mse", monitor_mode="min", select_best=True,
+        patience=10, optimizer={"schedule": "onecycle", "weight_decay": 0.01, **optimizer},
+    )  # fmt: skip
+
+
+def _etth1(config: ml_collections.ConfigDict) -> None:
+    config.model = _model(d_model=64, decoder_d_model=32)
+    # The network of the last corpus is the one that is tuned.
+    with config.unlocked():
+        config.corpora = ml_collections.ConfigDict(
+            {"etth2": (("etth2",), ""), "etth2_nab": (("etth2", "nab"), "average")}
+        )
+    config.target.name = "etth1"
+    config.pretrain.steps = 400
+    config.tune_head_dropout = 0.2
+    config.tune_batch_size = 64
+    config.tune_epochs = 20
+    config.fractions = (0.05,)
+    config.ways = ("head", "scratch")
+    config.validation_stride = 8
+    config.horizons = (24, 48, 96, 192)
+
+
+def _rpt(config: ml_collections.ConfigDict) -> None:
+    config.task = "prefix"
+    config.model = _model(
+        context_length=96, prediction_length=24, patch_length=8, patch_stride=8, d_model=48,
+        decoder_d_model=24, num_layers=2, adaptive_patching_levels=2,
+    )  # fmt: skip
+    config.prefix = ml_collections.ConfigDict(
+        {"sources": ("nab",), "resolutions": (300, 3600), "share": 0.7}
+    )
+    config.pretrain.steps = 400
+    config.validation_stride = 16
+
+
+def _bike_sharing(config: ml_collections.ConfigDict) -> None:
+    config.task = "exogenous"
+    config.target.name = "bike_sharing"
+    config.model = _model(
+        context_length=168, prediction_length=24, patch_length=24, patch_stride=24, d_model=48,
+        decoder_d_model=24, adaptive_patching_levels=2, num_layers=1,
+    )  # fmt: skip
+    config.fcm = ml_collections.ConfigDict({"fcm_context": 1, "fcm_use_mixer": True})
+    config.exogenous_ways = ("independent", "mixed", "exogenous")
+    config.tune_epochs = 0
+    config.tune = _tune(learning_rate=2e-3)
+    config.validation_stride = 8
+
+
+def _published(config: ml_collections.ConfigDict, variant: str) -> None:
+    """One model for a horizon of 96; others with --config.model.prediction_length."""
+    large = {
+        "patch_length": 128, "patch_stride": 128, "d_model": 384, "decoder_d_model": 256
+    }  # fmt: skip
+    sizes: dict[str, dict[str, Any]] = {
+        "ttm_b": {},
+        "ttm_e": {"context_length": 1024, **large},
+        "ttm_a": {"context_length": 1536, **large},
+    }
+    config.model = _model(rpt=True, **sizes[variant])
+    config.dtype = "bfloat16"
+    with config.unlocked():
+        config.corpora = ml_collections.ConfigDict({"files": (("files",), "average")})
+    config.corpus.resolutions = (60, 120, 300, 600, 900, 1800, 3600)
+    config.corpus.cap = 100_000
+    config.corpus.clip = 10.0
+    config.corpus.planned_rows = 1_000_000_000
+    config.target.name = "etth1"
+    config.batch_size = 3000
+    # 20 epochs of a billion windows would be 6.7 million steps; 24 to 30 hours are fewer.
+    config.pretrain.steps = 500_000
+    config.pretrain.checkpoint_every = 10_000
+    config.pretrain.optimizer.learning_rate = 1e-3
+    config.fractions = (0.05, 0.1)
+    config.full_data = True
+    config.tune_epochs = 50
+    config.tune_head_dropout = 0.7
+    config.horizons = (24, 48, 96, 192)
