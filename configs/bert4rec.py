@@ -105,6 +105,8 @@ def get_config(variant: str = "generated") -> ml_collections.ConfigDict:
         config.train = fit_config(
             steps=1500, optimizer={**optimizer, "learning_rate": 3e-3}, log_every=100
         )
+    elif variant == "scientific":
+        config.train.steps = 1000
     elif variant == "ml100k":
         config.model.length = 50
         config.cloze.update({"share": 0.2, "maximum": 10})

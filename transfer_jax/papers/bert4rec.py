@@ -165,8 +165,8 @@ def compare(exp: Experiment) -> None:
 
     found: dict[str, dict[str, dict[str, float]]] = {}
     history: dict[str, list[tuple[int, float]]] = {}
-    for name in cfg.models:
-        objective = recommender(cfg, name, split.num_items)
+    objectives = {name: recommender(cfg, name, split.num_items) for name in cfg.models}
+    for name, objective in objectives.items():
         validation = evaluation_data(cfg, objective, split, "validation")
         fitted = exp.fit(
             name, objective, training_data(cfg, objective, train, exp.seed("train")), cfg.train,
