@@ -16,6 +16,7 @@ VARIANTS = {
     "scientific": "Amazon Scientific, a part (needs TRANSFER_JAX_DATA); minutes per model",
     "ml100k": "MovieLens-100K (needs TRANSFER_JAX_DATA); minutes per model",
     "office": "Amazon Office 5-core (needs TRANSFER_JAX_DATA)",
+    "table": "a log of your own, a CSV file with a header: --config.data.options.path=FILE",
     "ml1m": "MovieLens-1M as published, d = 64; ratings.dat with --config.data.options.path=FILE",
     "ml20m": "MovieLens-20M as published, d = 64; ratings.csv with --config.data.options.path=FILE",
     "beauty": "Amazon Beauty as published, d = 64 (needs TRANSFER_JAX_DATA)",
@@ -37,6 +38,10 @@ LOGS = {
     "scientific": ("amazon_scientific_small", {}),
     "ml100k": ("ml100k", {}),
     "office": ("amazon_office_5core", {}),
+    "table": (
+        "table_file",
+        {"path": "log.csv", "user": "user_id", "item": "item_id", "time": "timestamp"},
+    ),
     "generated": ("generated", {"seed": 0, "users": 600, "items": 200, "length": 24}),
     "ring": ("random_walks", {"seed": 0, "users": 36_000, "items": 50, "length": 20}),
 }
