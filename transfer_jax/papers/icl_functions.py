@@ -490,22 +490,20 @@ def predictor(name: str, task: FunctionClass, asked: Mapping[str, np.ndarray]) -
 
 
 @jax.jit
-def _answers(objective: Prompts, variables: Variables | None, batch: Batch) -> dict[str, Array]:
+def _answers(objective: Prompts, variables: Variables, batch: Batch) -> dict[str, Array]:
     examples = objective.batch(batch)
     kept = {key: examples[key] for key in ("xs", "ys", "queries", "labels", "weights", "mask")}
-    if variables is None:
-        return kept
     return {**kept, "predictions": objective.inner.predict(variables, examples)}
 
 
 def ask(
-    exp: Experiment, objective: Prompts, variables: Variables | None, count: int, batch_size: int
+    exp: Experiment, objective: Prompts, variables: Variables, count: int, batch_size: int
 ) -> dict[str, np.ndarray]:
     """Puts ``count`` prompts to a model.
 
     Returns:
-      The prompts' ``xs``, ``ys``, ``queries``, ``labels`` and ``weights``, of all processes, and
-      ``predictions`` [N, n, outputs] if there are variables.
+      ``predictions`` [N, n, outputs] and the prompts' ``xs``, ``ys``, ``queries``, ``labels`` and
+      ``weights``, of all processes.
     """
     from jax.experimental.multihost_utils import process_allgather
 
@@ -601,30 +599,36 @@ def recipe(exp: Experiment) -> None:
         running = max(summary["seconds"] - summary["compile_seconds"], 1e-9)
         rows.append([name, summary["parameters"], round(summary["steps"] / running, 2)])
     exp.table("Models", ["model", "parameters", "steps per second"], rows)
-    baselines = exp.artifact("errors-baselines", lambda: _baseline_errors(exp, asked_of))
+    baselines = exp.artifact(
+        "errors-baselines",
+        functools.partial(_baseline_errors, exp, objective, fitted.variables, asked_of),
+    )
 
     everyone = {**results, **baselines["errors"]}
-    unit = cfg.metric if task.sequential else "squared error / variance"
+    scaled = cfg.metric == "squared" and not task.sequential
+    unit = "squared error / variance" if scaled else f"error ({cfg.metric})"
     axes = {"xlabel": "position of the query", "ylabel": unit}
-    lines: dict[str, list[float]] = {}
+    clean = {name: found["clean"] for name, found in everyone.items()}
+    exp.curve("Error by position", points, {n: f["mean"] for n, f in clean.items()}, **axes)
+    bands: dict[str, list[float]] = {}
+    columns: dict[str, list[float]] = {}
     for name in cfg.models:
-        found = results[name]["clean"]
-        lines |= {name: found["mean"], f"{name}, std": found["std"]}
-        lines |= {f"{name}, 5 %": found["low"], f"{name}, 95 %": found["high"]}
-    lines |= {name: found["clean"]["mean"] for name, found in baselines["errors"].items()}
-    drawn = {name: line for name, line in lines.items() if not name.endswith("std")}
-    exp.curve("Error by position", points, drawn, **axes)
-    exp.table("Error by position", ["position", *lines], list(zip(points, *lines.values())))
+        found = clean[name]
+        bands |= {name: found["mean"], f"{name}, 5 %": found["low"], f"{name}, 95 %": found["high"]}
+        columns[f"{name}, std"] = found["std"]
+    exp.curve("Bands of resampled prompts", points, bands, **axes)
+    columns = {**bands, **columns, **{name: clean[name]["mean"] for name in cfg.baselines}}
+    exp.table("Error by position", ["position", *columns], list(zip(points, *columns.values())))
     main = results[cfg.models[0]]
     for mode in ("y", "x", "x and y") if c.random else ():
         curves = {"clean": main["clean"]["mean"]}
         curves |= {f"first {m}": main[f"{mode}, first {m}"]["mean"] for m in c.random}
         exp.curve(f"Random {mode}", points, curves, **axes)
     if c.random:
-        clean = main["clean"]["mean"][-1]
-        ends = {"clean": [clean] * (1 + len(c.random))}
+        start = main["clean"]["mean"][-1]
+        ends = {"clean": [start] * (1 + len(c.random))}
         for mode in ("y", "x", "x and y"):
-            ends[mode] = [clean, *(main[f"{mode}, first {m}"]["mean"][-1] for m in c.random)]
+            ends[mode] = [start, *(main[f"{mode}, first {m}"]["mean"][-1] for m in c.random)]
         exp.curve(
             "Last position by the random prefix", [0, *c.random], ends,
             xlabel="examples replaced", ylabel=unit,
@@ -662,7 +666,7 @@ def _model_errors(
 
 
 def _asked(
-    exp: Experiment, objective: Prompts, variables: Variables | None, asked_of: Mapping[str, Any]
+    exp: Experiment, objective: Prompts, variables: Variables, asked_of: Mapping[str, Any]
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     c = exp.config.evaluation
     for name, (task, now) in asked_of.items():
@@ -677,15 +681,20 @@ def _asked(
         yield name, ask(exp, other, variables, c.prompts, size)
 
 
-def _baseline_errors(exp: Experiment, asked_of: Mapping[str, Any]) -> dict[str, Any]:
-    """Errors of ``config.baselines`` on the same prompts, and facts about the sequences."""
+def _baseline_errors(
+    exp: Experiment, objective: Prompts, variables: Variables, asked_of: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Errors of ``config.baselines`` on the same prompts, and facts about the sequences.
+
+    The prompts come with the answers of a model, which are not read: its program exists already.
+    """
     cfg = exp.config
     shown = {
         name: value for name, value in asked_of.items() if name == "clean" or ", first " not in name
     }
     found: dict[str, dict[str, Any]] = {name: {} for name in cfg.baselines}
     facts: dict[str, float] = {}
-    for name, asked in _asked(exp, training_objective(cfg, 0), None, shown):
+    for name, asked in _asked(exp, objective, variables, shown):
         task = shown[name][0]
         for baseline in cfg.baselines:
             few = cfg.evaluation.slow_prompts if baseline in SLOW else None
