@@ -37,7 +37,8 @@ def _log_complement(logits: Array) -> Array:
     for k in range(1, logits.shape[-1]):
         last = jnp.logaddexp(last, log_p[..., k - 1] + jax.nn.log_sigmoid(-logits[..., k]))
         out.append(last)
-    return jnp.stack(out, axis=-1)
+    # The recursion is exact where p_k is near 1; where it is small, this is.
+    return jnp.where(log_p < -1.0, jnp.log1p(-jnp.exp(log_p)), jnp.stack(out, axis=-1))
 
 
 @_log_complement.defjvp
