@@ -72,8 +72,8 @@ def _bidirectional() -> ml_collections.ConfigDict:
         "forward": _network("lstm", 64), "both": _network("lstm", 64, bidirectional=True)
     }  # fmt: skip
     return _compare(
-        "delayed_xor", {"length": 40, "delay": 5}, networks, steps=400, learning_rate=3e-3,
-        every=50,
+        "delayed_xor", {"length": 40, "delay": 5}, networks, steps=300, learning_rate=3e-3,
+        every=50, batch_size=32,
     )  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def _spoken_digits() -> ml_collections.ConfigDict:
         }
     )
     config.train = fit_config(
-        steps=300, log_every=50, eval_every=100,
+        steps=100, log_every=50, eval_every=50,
         optimizer={"name": "adam", "learning_rate": 1e-3, "clip_norm": 1.0},
     )  # fmt: skip
     return config
@@ -202,14 +202,14 @@ def _translate(model: dict[str, Any], vocabulary: dict[str, int]) -> ml_collecti
 
 def _translation() -> ml_collections.ConfigDict:
     config = _translate(
-        {"features": 256, "embedding": 128, "dropout": 0.2},
-        {"source": 4000, "target": 4000, "min_count": 2},
+        {"features": 192, "embedding": 96, "dropout": 0.1},
+        {"source": 3000, "target": 3000, "min_count": 2},
     )
     config.max_length = 15
     config.boundaries = (11, 16)
     config.batch_size = 64
     config.train = fit_config(
-        steps=600, log_every=100, eval_every=200,
+        steps=700, log_every=100, eval_every=350,
         optimizer={"name": "adam", "learning_rate": 3e-3, "schedule": "cosine", "clip_norm": 1.0},
     )  # fmt: skip
     return config

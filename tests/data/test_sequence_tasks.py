@@ -31,7 +31,9 @@ def test_adding():
     values, marks = batch["inputs"][..., 0], batch["inputs"][..., 1]
     assert (marks[:, :10].sum(1) == 1).all() and (marks[:, 10:].sum(1) == 1).all()
     assert set(np.flatnonzero(marks.any(0))) == set(range(21))
-    np.testing.assert_allclose(batch["labels"][:, 0], [v[m > 0].sum() for v, m in zip(values, marks)])
+    np.testing.assert_allclose(
+        batch["labels"][:, 0], [v[m > 0].sum() for v, m in zip(values, marks)]
+    )
 
 
 def test_copy():
