@@ -1,4 +1,49 @@
-"""In-context learning of function classes, sequential and independent."""
+"""In-context learning of function classes, sequential and independent.
+
+``window``: x_t from the last two vectors, d = 4, linear maps that no training prompt had. Squared
+error of the next unit vector on 1,280 prompts, mean and standard deviation over the seeds 0, 1 and
+2, of
+
+    python -m launch.local --config=configs/icl_functions.py:window --workdir=DIR --config.seed=SEED
+
+on 2 CPU cores that other jobs shared: 110 to 120 s of processor time each.
+
+    position               1       2       4       6       8       12      16
+    transformer            1.00    0.96    0.68    0.43    0.28    0.17    0.125 +- 0.004
+    zero                   1       1       1       1       1       1       1
+    persistence            4.96    2.04    2.04    2.02    2.03    2.01    2.01
+    period 2               1       4.60    1.67    1.55    1.49    1.44    1.40
+    averaging              1       1.61    0.81    0.43    0.26    0.16    0.115 +- 0.001
+    3 nearest              1       2.04    2.10    1.09    0.59    0.28    0.165 +- 0.004
+    network (64 prompts)   1       2.04    1.49    0.78    0.40    0.15    0.05 +- 0.02
+    least squares          1       1.61    0.75    0.30    0.20    0.05    0.021
+    ridge, 0.1             1       1.61    0.75    0.29    0.11    0.04    0.020 +- 0.001
+
+    last error, first m random  m = 1   2       4       8       12      15
+    labels                      0.127   0.130   0.153   0.31    0.64    0.96
+    inputs                      0.127   0.127   0.132   0.20    0.33    0.41
+    both                        0.128   0.135   0.186   0.36    0.66    1.30
+
+    fresh query at position 16: transformer 0.75 +- 0.02, averaging 0.75, 3 nearest 0.85, network
+    0.85, least squares 0.69, ridge 0.43, persistence 2.05
+
+Required beforehand, and held with every seed: at most 0.3 at the last position (0.121, 0.130,
+0.125); a falling trend (rank correlations -1.00, -0.99, -1.00); clean < 4 < 8 < all labels random;
+below 0.65 from position 12 on after 8 random labels (0.52, 0.54, 0.57).
+
+What it does not show. From the sixth position on the Transformer is as good as averaging, one step
+of gradient descent, and far from ridge; also where the query is fresh, so it continues sequences
+rather than knows the function. Persistence stays at 2, but 10 to 11 % of the sequences are at rest
+at the end and 11 to 13 % alternate between two points: the rest of the fall is partly that too.
+Random labels do hurt, more than random inputs, although y_i can be read off x_{i+1}: this model
+reads the labels. With only labels random it ends near zero's error (0.96 for all 15), so nothing
+here says that it falls back on the inputs.
+
+``relu_window``: in a first run without the guard the loss became NaN within 433 steps. With h = 16
+hidden units x_2 comes from h ReLUs of x_1 alone, all dead with probability 2^-16; x_2 is then 0/0.
+In 433 steps of 64 prompts that happens with probability 1 - (1 - 2^-16)^27712 = 0.34. Such prompts
+are now left out of loss and metrics, and counted.
+"""
 
 import dataclasses
 from typing import Any
