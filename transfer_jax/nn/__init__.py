@@ -3,6 +3,7 @@
 from transfer_jax.nn.adaptive_softmax import AdaptiveSoftmax
 from transfer_jax.nn.attention import Attention, KVCache, LinearAttention
 from transfer_jax.nn.blocks import MIXERS, FeedForward, SequenceBlock
+from transfer_jax.nn.memory import NTM
 from transfer_jax.nn.recurrent import (
     CELLS,
     GRU,
@@ -26,9 +27,9 @@ from transfer_jax.nn.transformer import (
 )
 
 __all__ = [
-    "CELLS", "GRU", "LSTM", "MIXERS", "SSM_PARAMETERS", "AdaptiveSoftmax", "Attention", "EchoState",
-    "Elman", "FeedForward", "Jordan", "KVCache", "LinearAttention", "Recurrent", "S4Layer",
-    "SSMKernel", "SequenceBlock", "SlidingAttention", "TransformerConfig", "TransformerLayer",
-    "TransformerStack", "gradient_flow", "ridge_readout", "stack_layers", "transformer_rules",
-    "unstack_layers",
+    "CELLS", "GRU", "LSTM", "MIXERS", "NTM", "SSM_PARAMETERS", "AdaptiveSoftmax", "Attention",
+    "EchoState", "Elman", "FeedForward", "Jordan", "KVCache", "LinearAttention", "Recurrent",
+    "S4Layer", "SSMKernel", "SequenceBlock", "SlidingAttention", "TransformerConfig",
+    "TransformerLayer", "TransformerStack", "gradient_flow", "ridge_readout", "stack_layers",
+    "transformer_rules", "unstack_layers",
 ]  # fmt: skip

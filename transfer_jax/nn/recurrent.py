@@ -94,7 +94,7 @@ def _scan(
                 preactivation = preactivation + offset
             output, new = update(extra, projected, preactivation, state)
             if valid is not None:
-                new = jax.tree.map(lambda n, o: jnp.where(valid[:, None], n, o), new, state)
+                new = jax.tree.map(functools.partial(_where, valid), new, state)
             return new, (output, fed)
 
         steps = (projected, offset, valid)
@@ -136,13 +136,18 @@ def _scan(
     return run
 
 
+def _where(rows: Array, new: Array, old: Array) -> Array:
+    """New values in the ``rows`` (bool [B]) of [B, ...], else old ones."""
+    return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+
 class _Affine(nn.Module):
-    """The parameters of ``nn.Dense``, for whoever multiplies."""
+    """The parameters of ``nn.Dense``."""
 
     inputs: int
     features: int
     kernel_init: Initializer
-    bias_init: Initializer = nn.initializers.zeros_init()
+    bias_init: Initializer
 
     @nn.compact
     def __call__(self) -> tuple[Array, Array]:
@@ -199,20 +204,29 @@ class RecurrentLayer(nn.Module):
     def _bias(self) -> Initializer:
         return nn.initializers.zeros_init()
 
+    def _affine(
+        self,
+        name: str,
+        inputs: int,
+        features: int,
+        kernel_init: Initializer,
+        bias_init: Initializer = nn.initializers.zeros,
+    ) -> tuple[Array, Array]:
+        """Kernel and bias of a linear layer, for whoever multiplies."""
+        return _Affine(inputs, features, kernel_init, bias_init, name=name)()
+
     def _input(self, width: int) -> tuple[Array, Array]:
         """Kernel and bias of the inputs' projection."""
         size = self.gates * self.features
-        return _Affine(width, size, self.kernel_init, self._bias(), name="input")()
+        return self._affine("input", width, size, self.kernel_init, self._bias())
 
     def _hidden(self) -> tuple[Array, Array, dict[str, Array]]:
         """Kernel and bias of what is fed back, and the cell's other parameters."""
         size = self.gates * self.features
-        return *_Affine(self.features, size, self.hidden_init, name="hidden")(), {}
+        return *self._affine("hidden", self.features, size, self.hidden_init), {}
 
     @nn.compact
-    def _run(
-        self, inputs: Array, state: State, lengths: Array | None, targets: Array | None = None
-    ) -> tuple[Array, State]:
+    def _run(self, inputs: Array, state: State, lengths: Array | None) -> tuple[Array, State]:
         """Time-major [L, B, F] inputs to outputs and the final state."""
         kernel, bias = self._input(inputs.shape[-1])
         hidden, hidden_bias, extra = self._hidden()
@@ -384,7 +398,7 @@ class LSTM(RecurrentLayer):
     def _update(self) -> Update:
         squash = _function("output_squash", self.output_squash, ("tanh", "identity"))
         if self.forget_gate and not self.peepholes and self.output_squash == "tanh":
-            return _lstm
+            return lstm_step
 
         def update(extra, projected, recurrent, state):
             cell, _ = state
@@ -405,7 +419,10 @@ class LSTM(RecurrentLayer):
         return update
 
 
-def _lstm(extra, projected, recurrent, state):
+def lstm_step(
+    extra: Extra, projected: Array, recurrent: Array, state: State
+) -> tuple[Array, State]:
+    """The default ``LSTM``, an ``Update``."""
     del extra
     hidden, cell = _lstm_pointwise(projected + recurrent, state[0])
     return hidden, (cell, hidden)
@@ -512,8 +529,8 @@ class Jordan(RecurrentLayer):
 
     def _hidden(self) -> tuple[Array, Array, dict[str, Array]]:
         width = self.outputs or self.features
-        kernel, bias = _Affine(width, self.features, self.hidden_init, name="hidden")()
-        out = _Affine(self.features, width, self.kernel_init, name="output_layer")()
+        kernel, bias = self._affine("hidden", width, self.features, self.hidden_init)
+        out = self._affine("output_layer", self.features, width, self.kernel_init)
         return kernel, bias, {"kernel": out[0], "bias": out[1]}
 
     def _update(self) -> Update:
