@@ -67,10 +67,9 @@ def test_forecast(model, tmp_path, capsys):
     known = ~np.isnan(context)
     mean, std = np.nanmean(context, 0), np.nanstd(context, 0)
     x = np.where(known, (context - mean) / std, 0)[None].astype(np.float32)
-    expected = forecast(
-        module, {"params": params}, x, 8, observed=known[None].astype(np.float32),
-        freq_token=np.array([7]),
-    )  # fmt: skip
+    expected = jax.jit(lambda x, **given: forecast(module, {"params": params}, x, 8, **given))(
+        x, observed=known[None].astype(np.float32), freq_token=np.array([7])
+    )
     found = np.array([row[1:] for row in rows[1:]], float)
     np.testing.assert_allclose((found - mean) / std, expected[0], atol=1e-3)
 
@@ -115,7 +114,8 @@ def test_code_of_the_page(model, tmp_path, monkeypatch):
     text = (Path(__file__).parent.parent / "docs/forecast.md").read_text()
     (body,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     without = TTM(TTMConfig(**{**CONFIG.__dict__, "rpt": False}))
-    params = without.init(jax.random.key(0), np.zeros((1, 24, 1)))["params"]
+    x = np.zeros((1, 24, 1), np.float32)
+    params = jax.jit(without.init)(jax.random.key(0), x)["params"]
     save_pretrained(tmp_path / "ttm-r2", without, params)
     monkeypatch.chdir(tmp_path)
     exec(body, {})

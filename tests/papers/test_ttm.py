@@ -20,20 +20,22 @@ from transfer_jax.trees import paths
 SIZES = [
     "model.context_length=16", "model.prediction_length=4", "model.patch_length=8",
     "model.patch_stride=8", "model.d_model=8", "model.decoder_d_model=6",
-    "model.adaptive_patching_levels=1", "eval_batch_size=64",
+    "model.adaptive_patching_levels=1", "model.num_layers=1", "model.decoder_layers=1",
+    "eval_batch_size=64",
 ]  # fmt: skip
 TRANSFER = [
     *SIZES, "corpus.count=3", "corpus.rows=200", "corpus.resolutions=(900,3600)",
     "target.rows=400", "batch_size=16", "tune_batch_size=16", "tune_epochs=1", "pretrain.steps=3",
-    "ways=('head',)", "dlinear=False", "horizons=(2,6)", "fractions=(0.3,)", "profile_days=1",
+    "ways=('head',)", "dlinear=False", "horizons=(6,)", "fractions=(0.3,)", "profile_days=1",
 ]  # fmt: skip
 
 
 # -- recipes ------------------------------------------------------------------------------------
 
 
-def run(variant, workdir, *overrides):
+def run(variant, workdir, *overrides, devices=1):
     exp = Experiment(apply_overrides(get_config(f"ttm:{variant}"), overrides), workdir)
+    exp.layout = Layout(make_mesh({"data": devices}, jax.devices()[:devices]))
     exp.run()
     return exp
 
@@ -41,7 +43,7 @@ def run(variant, workdir, *overrides):
 @pytest.fixture(scope="module")
 def transferred(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("ttm")
-    return run("generated", workdir, *TRANSFER, "mesh.data=1"), workdir
+    return run("generated", workdir, *TRANSFER), workdir
 
 
 def test_only_the_head_is_trained(transferred):
@@ -49,7 +51,7 @@ def test_only_the_head_is_trained(transferred):
     _, workdir = transferred
     source = load_variables(workdir / "stages/pretrain").params
     tuned = load_variables(workdir / "stages/head_30").params
-    assert set(tuned) == {"decoder", "head"}
+    assert {path.split("/")[0] for path in paths(tuned)} == {"decoder", "head"}
     (checkpoint,) = (workdir / "stages/head_30/checkpoints").glob("[0-9]*")
     training = paths(read_tree(checkpoint / "training"))
     assert not [p for p in training if "backbone" in p] and [p for p in training if "decoder" in p]
@@ -63,7 +65,7 @@ def test_only_the_head_is_trained(transferred):
 
 def test_transfer_on_eight_devices(transferred, tmp_path):
     one, _ = transferred
-    many = run("generated", tmp_path, *TRANSFER, "mesh.data=8")
+    many = run("generated", tmp_path, *TRANSFER, devices=8)
     (name,) = (n for n in one.results["tables"] if n.startswith("Forecasts"))
     first, second = (
         {row[0]: row[2:] for row in exp.results["tables"][name]["rows"]} for exp in (one, many)
@@ -72,7 +74,7 @@ def test_transfer_on_eight_devices(transferred, tmp_path):
     for method, scores in first.items():
         np.testing.assert_allclose(second[method], scores, rtol=1e-4, err_msg=method)
     horizons = one.results["tables"]["Pruned and recursive forecasts, MSE"]["rows"]
-    assert [row[:2] for row in horizons] == [[2, 1], [6, 2]]
+    assert [row[:2] for row in horizons] == [[6, 2]]
 
 
 def test_the_prefix_and_exogenous_recipes_run(tmp_path):
@@ -86,7 +88,7 @@ def test_the_prefix_and_exogenous_recipes_run(tmp_path):
     bike = run(
         "bike_sharing", tmp_path / "bike", *SIZES, "target.name=generated", "target.rows=400",
         "exogenous_ways=('exogenous',)", "tune.steps=2", "tune.eval_every=2",
-        "tune_batch_size=16", "profile_days=1",
+        "tune_batch_size=16", "fcm.fcm_use_mixer=False",
     )  # fmt: skip
     (rows,) = (t["rows"] for t in bike.results["tables"].values())
     assert [row[0] for row in rows] == ["and known future", "seasonal-naive", "profile", "ridge"]
@@ -99,8 +101,8 @@ def test_published_plans_lower_for_eight_devices(variant, total):
     lowered, arrays = lower_step(objective, batch, settings, Layout(make_mesh({"data": 8})))
     assert sum(x.size for x in jax.tree.leaves(arrays["params"])) == total
     # Rows of the corpus enter as an argument, never as a constant; the batch holds numbers alone.
-    (values,) = jax.tree.leaves(arrays["carried"])
-    assert values.shape == (1_000_000_000, 1)
+    carried = sorted(jax.tree.leaves(arrays["carried"]), key=lambda x: x.size)
+    assert carried[-1].shape == (1_000_000_000, 1) and carried[-2].size == 1
     assert "bf16" in lowered.as_text()
 
 
@@ -153,9 +155,9 @@ def test_closed_forms_on_etth1():
     for way, expected in ((ttm.seasonal_naive, 0.5122), (ttm.profile, 0.4000)):
         found = ttm.score_windows(values, test, 512, 96, lambda x, way=way: way(x, 96, 24))
         assert found["mse"] == pytest.approx(expected, abs=5e-4)
-    weights = ttm.ridge(values, bench.starts("train", 512, 96)[::4], 512, 96)
-    found = ttm.score_windows(values, test[::8], 512, 96, lambda x: ttm.apply_ridge(weights, x))
-    assert found["mse"] == pytest.approx(0.364, abs=0.01)
+    weights = ttm.ridge(values, bench.starts("train", 512, 96), 512, 96)
+    found = ttm.score_windows(values, test, 512, 96, lambda x: ttm.apply_ridge(weights, x))
+    assert found["mse"] == pytest.approx(0.364, abs=0.003)
 
 
 def test_dlinear_sees_trend_and_rest():

@@ -143,6 +143,11 @@ class Target:
         self.values = np.ascontiguousarray(bench.series.values[:, np.array(channels)])
         self.token = data.resolution_token(bench.series.seconds, config.model.rpt_vocab)
 
+    @property
+    def day(self) -> int:
+        """Steps of a day, or the whole context where that is shorter."""
+        return min(round(86400 / self.bench.series.seconds), self.context)
+
     def starts(self, split: str) -> np.ndarray:
         return self.bench.starts(split, self.context, self.horizon)
 
@@ -283,7 +288,7 @@ def _references(
 ) -> dict[str, tuple[str, dict[str, float]]]:
     """Closed forms on the windows of the test split: name -> (rows seen, scores)."""
     context, horizon, values = target.context, target.horizon, target.values
-    day = round(86400 / target.bench.series.seconds)
+    day = target.day
     test = target.starts("test")
     score = functools.partial(score_windows, values, test, context, horizon)
     result: dict[str, tuple[str, dict[str, float]]] = {
@@ -312,7 +317,7 @@ def _references(
 
 def _horizons(config: Any, target: Target, module: TTM, params: PyTree) -> list[list[float]]:
     """MSE of shorter horizons by pruning and of longer ones by recursion, every 16th window."""
-    day = round(86400 / target.bench.series.seconds)
+    day = target.day
     first, end = target.bench.borders["test"]
     rows = []
     for horizon in config.horizons:
@@ -464,8 +469,7 @@ def prefix(exp: Experiment) -> None:
         fitted = exp.fit(stage, task, batches, cfg.pretrain)
 
         def score(module: TTM = module, params: PyTree = fitted.params) -> dict[str, float]:
-            series = {step: [s for s in both if s.seconds == step] for step in (low, high)}
-            return {str(k): _later_rows(exp, module, params, v) for k, v in series.items()}
+            return {str(step): _later_rows(exp, module, params, both, step) for step in (low, high)}
 
         scores = exp.artifact(f"test_{stage}", score)
         rows.append([name, *scores.values(), float(np.mean(list(scores.values())))])
@@ -475,23 +479,26 @@ def prefix(exp: Experiment) -> None:
     exp.record("series", len(both))
 
 
-def _later_rows(exp: Experiment, module: TTM, params: PyTree, series: list[Series]) -> float:
-    """MSE over windows whose horizon lies behind the training rows."""
+def _later_rows(
+    exp: Experiment, module: TTM, params: PyTree, series: list[Series], seconds: float
+) -> float:
+    """MSE at one resolution over windows whose horizon lies behind the training rows."""
     cfg, c = exp.config, module.config
-    length = c.context_length + c.prediction_length
-    corpus = Corpus.of(series, length, vocab=c.rpt_vocab, clip=cfg.corpus.clip)
+    context, horizon = c.context_length, c.prediction_length
+    corpus = Corpus.of(series, context + horizon, vocab=c.rpt_vocab, clip=cfg.corpus.clip)
     starts = np.concatenate(
         [
-            offset
-            + data.window_starts(s.train or 0, len(s.values), c.context_length, c.prediction_length)
+            offset + data.window_starts(s.train or 0, len(s.values), context, horizon)
             for offset, s in zip(corpus.offsets, series)
+            if s.seconds == seconds
         ]
     )
     task = Prepared(
         inner=Forecasting(module=module), carried={"values": corpus.values},
-        prepare=Windows(c.context_length, c.prediction_length),
+        prepare=Windows(context, horizon),
     )  # fmt: skip
-    source = data.window_source(starts[:: cfg.validation_stride], int(corpus.tokens[0]))
+    token = data.resolution_token(seconds, c.rpt_vocab)
+    source = data.window_source(starts[:: cfg.validation_stride], token)
     batches = Pipeline(source, cfg.eval_batch_size)
     return exp.evaluate(task, Variables(params, {}), batches)["mse"]
 
@@ -533,7 +540,7 @@ def exogenous(exp: Experiment) -> None:
         rows.append([label, score["mse"], score["mae"]])
         exp.record(f"MSE, {label}", score["mse"])
     target = Target(bench, cfg)
-    day = round(86400 / bench.series.seconds)
+    day = target.day
     score = functools.partial(
         score_windows, target.values, target.starts("test"), target.context, target.horizon
     )
