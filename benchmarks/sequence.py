@@ -1,0 +1,191 @@
+"""Training steps of sequence models beside PyTorch, in one run.
+
+    python benchmarks/sequence.py [--only=icl] [--budget=4]
+
+* ``icl``: in-context learning of ReLU windows (d = 20, 20 points, batch 64, prompts drawn anew in
+  every step on both sides), with a tiny and a small GPT-2, beside ``GPT2Model`` of transformers.
+
+Every row is a process of its own, whose peak memory beyond the imported libraries is printed: it
+holds the parameters, moments, activations and, for JAX, the compiler. Times are medians after two
+steps that warm up, without dropout, all in float32.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+def resident() -> float:
+    """MiB of this process now."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
+
+
+def peak() -> float:
+    """MiB of this process at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def median(step: Callable[[], Any], budget: float) -> float:
+    """Seconds of a call, after two that warm up."""
+    for _ in range(2):
+        step()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < budget and len(times) < 30):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+ICL_SIZES = {"tiny": (3, 2, 64), "small": (6, 4, 128)}
+ICL_DIMS, ICL_POINTS, ICL_HIDDEN, ICL_BATCH = 20, 20, 100, 64
+
+
+def ours_icl(size: str, options: argparse.Namespace) -> dict[str, float]:
+    """Steps of ``configs/icl_functions.py:seq_relu_2nn`` with a smaller model."""
+    import jax
+    import optax
+
+    from transfer_jax.configuration import get_config
+    from transfer_jax.papers.icl_functions import plan
+
+    before = resident()
+    config = get_config("icl_functions:seq_relu_2nn")
+    config.model.update(size=size, scan=False)
+    objective, shapes, _ = plan(config)
+    assert shapes["index"].shape == (ICL_BATCH,)
+    numbers = np.arange(ICL_BATCH, dtype=np.int32)
+    variables = jax.jit(lambda o, b: o.init(jax.random.key(0), b))(objective, {"index": numbers})
+    tx = optax.adamw(1e-4, weight_decay=0.01)
+    state = (variables, tx.init(variables.params))
+
+    def update(objective, state, batch, key):
+        variables, moments = state
+
+        def loss(params):
+            return objective.loss(variables._replace(params=params), batch, key)[0]
+
+        value, gradient = jax.value_and_grad(loss)(variables.params)
+        updates, moments = tx.update(gradient, moments, variables.params)
+        params = optax.apply_updates(variables.params, updates)
+        return (variables._replace(params=params), moments), value
+
+    compiled = (
+        jax.jit(update, donate_argnums=1)
+        .lower(objective, state, {"index": numbers}, jax.random.key(0))
+        .compile()
+    )
+
+    def step() -> None:
+        nonlocal state, numbers
+        state, value = compiled(objective, state, {"index": numbers}, jax.random.key(0))
+        value.block_until_ready()
+        numbers = numbers + ICL_BATCH
+
+    taken = median(step, options.budget)
+    temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    return {"seconds": taken, "memory": peak() - before, "temporaries": temporaries}
+
+
+def theirs_icl(size: str, options: argparse.Namespace) -> dict[str, float]:
+    """The same prompts and the same model: ``GPT2Model`` on embedded vectors."""
+    import torch
+    import transformers
+
+    before = resident()
+    layers, heads, width = ICL_SIZES[size]
+    d, n, h = ICL_DIMS, ICL_POINTS, ICL_HIDDEN
+    config = transformers.GPT2Config(
+        vocab_size=1, n_positions=2 * n, n_layer=layers, n_head=heads, n_embd=width,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+    gpt2 = transformers.GPT2Model(config)
+    read_in, read_out = torch.nn.Linear(d, width), torch.nn.Linear(width, d)
+    parameters = [p for m in (gpt2, read_in, read_out) for p in m.parameters()]
+    optimizer = torch.optim.AdamW(parameters, 1e-4, weight_decay=0.01)
+
+    @torch.no_grad()
+    def prompts() -> tuple[Any, Any]:
+        """One function for the batch, at both places of a window of two, as in the paper's code."""
+        first, second = torch.randn(d, h), torch.randn(h, d)
+
+        def f(x: Any) -> Any:
+            return (2 / h) ** 0.5 * torch.relu(x @ first) @ second
+
+        xs = [torch.randn(ICL_BATCH, d)]
+        for t in range(n):
+            s = f(xs[t]) if t == 0 else f(xs[t]) + f(xs[t - 1])
+            xs.append(s / s.norm(dim=-1, keepdim=True))
+        return torch.stack(xs[:-1], 1), torch.stack(xs[1:], 1)
+
+    def step() -> None:
+        xs, ys = prompts()
+        inputs = torch.stack([xs, ys], 2).reshape(ICL_BATCH, 2 * n, d)
+        hidden = gpt2(inputs_embeds=read_in(inputs)).last_hidden_state
+        loss = (read_out(hidden[:, 0::2]) - ys).norm(dim=-1).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    taken = median(step, options.budget)
+    return {"seconds": taken, "memory": peak() - before}
+
+
+ROWS: dict[str, Callable[[str, argparse.Namespace], dict[str, float]]] = {
+    "ours-icl": ours_icl, "theirs-icl": theirs_icl
+}  # fmt: skip
+
+
+def measure(row: str, what: str) -> dict[str, float]:
+    """Runs one row in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], f"--row={row}", f"--what={what}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def icl() -> None:
+    """Training steps per second of in-context learners."""
+    print(f"\nIn-context learning, steps/s; {ICL_POINTS} points, d = {ICL_DIMS}, batch {ICL_BATCH}")
+    print(f"  {'':8}{'ours':>10}{'theirs':>10}{'ratio':>10}{'MiB ours':>12}{'MiB theirs':>12}"
+          f"{'XLA temporaries':>18}")  # fmt: skip
+    for size in ICL_SIZES:
+        ours, theirs = (measure(f"{who}-icl", size) for who in ("ours", "theirs"))
+        print(
+            f"  {size:8}{1 / ours['seconds']:10.1f}{1 / theirs['seconds']:10.1f}"
+            f"{theirs['seconds'] / ours['seconds']:8.2f} x{ours['memory']:12.0f}"
+            f"{theirs['memory']:12.0f}{ours['temporaries']:18.0f}",
+            flush=True,
+        )
+
+
+SECTIONS = {"icl": icl}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds of each measurement")
+    parser.add_argument("--only", choices=tuple(SECTIONS))
+    parser.add_argument("--row", choices=tuple(ROWS), help=argparse.SUPPRESS)
+    parser.add_argument("--what", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        print(json.dumps(ROWS[options.row](options.what, options)))
+        return
+    for name, section in SECTIONS.items():
+        if options.only in (None, name):
+            section()
+
+
+if __name__ == "__main__":
+    main()
