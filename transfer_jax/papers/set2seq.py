@@ -251,27 +251,28 @@ class SortingExample:
     Attributes:
       size: numbers, or the padded size.
       min_size: sets have ``min_size`` to ``size`` numbers; 0 = all have ``size``.
-      order: in which they are given: ``as_is`` (as drawn), ``sorted``, or ``random`` (the same set
-        in another random order).
     """
 
     size: int
     min_size: int = 0
-    order: str = "as_is"
 
-    def __call__(self, key: Array, settings: None = None) -> dict[str, Array]:
-        """``inputs`` [size, 1], ``targets`` int32 [size], and ``lengths`` where sizes differ."""
-        del settings
-        _choose("input order", self.order, INPUT_ORDERS)
+    def __call__(self, key: Array, order: Array) -> dict[str, Array]:
+        """Draws a set.
+
+        Args:
+          key: a typed key.
+          order: int scalar, a position in ``INPUT_ORDERS``: how the set is given, ``as_is`` (as
+            drawn), ``sorted``, or ``random`` (the same set in another random order).
+
+        Returns:
+          ``inputs`` [size, 1], ``targets`` int32 [size], and ``lengths`` where sizes differ.
+        """
         draw, count, shuffle = jax.random.split(key, 3)
         length = jax.random.randint(count, (), self.min_size or self.size, self.size + 1)
         valid = jnp.arange(self.size) < length
         numbers = jnp.where(valid, jax.random.uniform(draw, (self.size,)), 2.0)
-        if self.order == "sorted":
-            numbers = jnp.sort(numbers)
-        elif self.order == "random":
-            place = jnp.where(valid, jax.random.uniform(shuffle, (self.size,)), 2.0)
-            numbers = numbers[jnp.argsort(place)]
+        place = jnp.where(valid, jax.random.uniform(shuffle, (self.size,)), 2.0)
+        numbers = jnp.stack([numbers, jnp.sort(numbers), numbers[jnp.argsort(place)]])[order]
         targets = jnp.where(valid, jnp.argsort(numbers), -1).astype(jnp.int32)
         example = {"inputs": jnp.where(valid, numbers, 0.0)[:, None], "targets": targets}
         return {**example, "lengths": length} if self.min_size else example
@@ -292,8 +293,11 @@ class Cell(NamedTuple):
 
 def _sorting_objective(config: Any, cell: Cell, seed: int, order: str = "as_is") -> Generated:
     module = SetToPointers(**config.model.to_dict(), **cell._asdict())
-    generate = SortingExample(config.n, config.min_n, order)
-    return Generated(inner=Pointing(module=module), seed=jnp.uint32(seed), generate=generate)
+    return Generated(
+        inner=Pointing(module=module), seed=jnp.uint32(seed),
+        settings=jnp.int32(INPUT_ORDERS.index(order)),
+        generate=SortingExample(config.n, config.min_n),
+    )  # fmt: skip
 
 
 def sorting(exp: Experiment) -> None:
