@@ -13,7 +13,7 @@ from transfer_jax.papers import bert4rec
 from transfer_jax.training import Experiment, load_variables
 
 SHORT = (
-    "models=bert4rec,sasrec_ce", "data.options.users=40", "data.options.items=40",
+    "models=('bert4rec',)", "data.options.users=40", "data.options.items=40",
     "model.features=8", "model.hidden=8", "model.num_layers=1", "model.length=8", "batch_size=16",
     "train.steps=1", "train.optimizer.warmup_steps=0",
 )  # fmt: skip
@@ -81,9 +81,9 @@ def test_writes_the_best_items_of_every_user(workdir, table, capsys):
     assert [row[:3] for row in rows[1:]] == expected
 
     assert run(workdir, table, "--k=4", "--shards=4")[1] == rows
-    kept = run(workdir, table, "--k=40", "--model=sasrec_ce", "--keep_seen")[1]
+    kept = run(workdir, table, "--k=40", "--model=bert4rec", "--keep_seen")[1]
     assert len(kept) == 1 + 3 * 40  # every item, and neither padding nor [MASK]
-    fewer = run(workdir, table, "--k=40", "--model=sasrec_ce")[1]
+    fewer = run(workdir, table, "--k=40")[1]
     assert len(fewer) == 1 + 3 * 40 - 3 - 1 - 19
 
 
@@ -92,7 +92,7 @@ def test_dry_run_and_errors(workdir, table, tmp_path, capsys):
     assert "dry run: nothing was computed or written" in capsys.readouterr().out
     for place, options, message in (
         (tmp_path, (), "is no work directory"),
-        (workdir, ("--model=gru4rec",), "choose from bert4rec, sasrec_ce"),
+        (workdir, ("--model=gru4rec",), "choose from bert4rec"),
         (workdir, ("--k=41",), "there are 40 items"),
         (workdir, ("--shards=3",), "do not divide"),
         (workdir, ("--item=product",), "no column 'product'; its columns are user_id"),
