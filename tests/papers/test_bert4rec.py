@@ -42,8 +42,9 @@ def test_published_settings_lower_with_the_table_split(variant):
 
 TINY = (
     "models=('bert4rec',)", "baselines=('pop',)", "data.options.users=60",
-    "data.options.items=40", "model.features=8", "model.hidden=8", "model.num_layers=1", "model.length=12", "batch_size=16", "negatives=10",
-    "evaluation_batch_size=16", "train.steps=4", "train.eval_every=2", "train.log_every=2",
+    "data.options.items=40", "model.features=8", "model.hidden=8", "model.num_layers=1",
+    "model.length=12", "batch_size=16", "negatives=10", "evaluation_batch_size=16",
+    "train.steps=4", "train.eval_every=2", "train.log_every=2",
     "train.optimizer.warmup_steps=0", "model.dropout=0.1",
 )  # fmt: skip
 
