@@ -54,7 +54,9 @@ def _base() -> ml_collections.ConfigDict:
             "resolutions": (900, 1800, 3600), "planned_rows": 0,
         }
     )  # fmt: skip
-    # Name -> (series, how coarser copies are made).
+    # Name -> (series, how coarser copies are made); the network of ``source`` is stage 'pretrain',
+    # which is then tuned.
+    config.source = "generated"
     config.corpora = ml_collections.ConfigDict({"generated": (("generated",), "average")})
     config.target = ml_collections.ConfigDict(
         {"name": "generated", "path": "", "rows": 2400, "seed": 2}
@@ -91,7 +93,7 @@ def _tune(**optimizer: Any) -> ml_collections.ConfigDict:
 
 def _etth1(config: ml_collections.ConfigDict) -> None:
     config.model = _model(d_model=64, decoder_d_model=32)
-    # The network of the last corpus is the one that is tuned.
+    config.source = "etth2_nab"
     with config.unlocked():
         config.corpora = ml_collections.ConfigDict(
             {"etth2": (("etth2",), ""), "etth2_nab": (("etth2", "nab"), "average")}
@@ -146,6 +148,7 @@ def _published(config: ml_collections.ConfigDict, variant: str) -> None:
     }
     config.model = _model(rpt=True, **sizes[variant])
     config.dtype = "bfloat16"
+    config.source = "files"
     with config.unlocked():
         config.corpora = ml_collections.ConfigDict({"files": (("files",), "average")})
     config.corpus.resolutions = (60, 120, 300, 600, 900, 1800, 3600)

@@ -224,11 +224,12 @@ def transfer(exp: Experiment) -> None:
         rows.append([method, data_seen, score["mse"], score["mae"]])
         return score["mse"]
 
+    if cfg.source not in cfg.corpora:
+        raise ConfigError(f"config.source={cfg.source!r} is none of {', '.join(cfg.corpora)}.")
     pretrained: dict[str, PyTree] = {}
     scores: dict[str, float] = {}
     for name, (sources, drs) in cfg.corpora.items():
-        # The last corpus is the one that a forecast from this work directory uses.
-        stage = "pretrain" if name == list(cfg.corpora)[-1] else f"pretrain_{name}"
+        stage = "pretrain" if name == cfg.source else f"pretrain_{name}"
         series = corpus_series(cfg, tuple(sources), drs)
         task, train = pretraining(cfg, series, exp.seed(f"windows {name}"), module)
         fitted = exp.fit(stage, task, train, cfg.pretrain)
@@ -238,7 +239,7 @@ def transfer(exp: Experiment) -> None:
         )
         scores[f"zero-shot {name}"] = add(f"TTM zero-shot, pre-trained on {name}", "none", score)
     exp.record("parameters", fitted.summary["parameters"])
-    source = fitted.params
+    source = pretrained[cfg.source]
 
     few = {
         f"{fraction:.0%}": target.bench.few_shot(
