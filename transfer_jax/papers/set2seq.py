@@ -50,9 +50,9 @@ from transfer_jax.objectives import (
     NextToken,
     Objective,
     Seq2Seq,
+    TruncatedBPTT,
     Variables,
     example_mask,
-    losses,
 )
 from transfer_jax.objectives.base import Batch, PyTree
 from transfer_jax.training import Experiment, FitConfig
@@ -415,9 +415,8 @@ class TokenSlotModel(nn.Module):
             slots = jnp.broadcast_to(remaining, (batch, count, left)).reshape(-1, left)
             tokens = inputs[:, remaining.ravel()].reshape(-1, left)
             slot, token = self._score(hidden, tokens, slots)
-            total = (total[..., None] + (slot + token).reshape(batch, count, left)).reshape(
-                batch, -1
-            )
+            score = (slot + token).reshape(batch, count, left)
+            total = (total[..., None] + score).reshape(batch, -1)
             written = self._embed(tokens, slots).reshape(batch * count * left, -1)
             state = jax.tree.map(lambda x, left=left: jnp.repeat(x, left, axis=0), state)
             remaining = np.array([np.delete(row, i) for row in remaining for i in range(left)])
@@ -834,14 +833,8 @@ def reorder(words: Sequence[str], order: str) -> list[str]:
     return [word for i in range(0, len(padded), 3) for word in reversed(padded[i : i + 3])]
 
 
-class StreamLanguageModel(ModuleObjective):
-    """Next-token prediction in windows that go on where the last batch ended.
-
-    ``batch["inputs"]`` int [B, L + 1] as for ``NextToken``; ``batch["reset"]`` bool [B] says where
-    a text begins anew. The module carries its state in the collection ``carry``
-    (``nn.Recurrent(streams=B)``), in training; in evaluation every window starts from zeros.
-    Targets equal to ``pad_id`` do not count, nor do those beyond ``batch["lengths"]``. Metric:
-    ``nll`` in nats per token.
+class PaddedNextToken(NextToken):
+    """``NextToken`` whose targets equal to ``pad_id`` do not count.
 
     Attributes:
       pad_id: see above.
@@ -852,7 +845,7 @@ class StreamLanguageModel(ModuleObjective):
     init_scale: float = flax.struct.field(pytree_node=False, default=0.0)
 
     def init(self, rng: Array, batch: Batch) -> Variables:
-        params, state = super().init(rng, {"inputs": batch["inputs"][:, :-1]})
+        params, state = super().init(rng, batch)
         if self.init_scale:
             leaves, treedef = jax.tree.flatten(params)
             keys = jax.random.split(jax.random.fold_in(rng, 1), len(leaves))
@@ -863,28 +856,14 @@ class StreamLanguageModel(ModuleObjective):
             params = jax.tree.unflatten(treedef, drawn)
         return Variables(params, state)
 
-    def loss(self, variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
-        window = batch["inputs"]
-        tokens, targets = window[:, :-1], window[:, 1:]
-        if rng is not None and "reset" in batch:
-            begins = batch["reset"][:, None]
-            state = jax.tree.map(lambda x: jnp.where(begins, 0.0, x), variables.state)
-            variables = Variables(variables.params, state)
-        logits, state = self.apply(variables, {"inputs": tokens}, rng)
-        weights = example_mask(batch, len(window))[:, None] * (targets != self.pad_id)
-        if "lengths" in batch:
-            weights = weights * (jnp.arange(1, window.shape[1]) < batch["lengths"][:, None])
-        nll = Mean.of(losses.cross_entropy(logits, targets), weights)
-        return nll.value(), Aux(state, {"nll": nll}, nll.weight, logits)
-
-    def predict(self, variables: Variables, batch: Batch) -> PyTree:
-        """Returns logits [B, L, V] of windows that start from zeros."""
-        return super().predict(variables, {"inputs": batch["inputs"][:, :-1]})
+    def _shift(self, batch: Batch) -> tuple[Batch, Array, Array]:
+        inner, targets, weights = super()._shift(batch)
+        return inner, targets, weights * (targets != self.pad_id)
 
 
-def _stream_objective(config: Any, vocab_size: int) -> StreamLanguageModel:
+def _stream_objective(config: Any, vocab_size: int) -> TruncatedBPTT:
     module = _language_model(config, vocab_size, vocab_size, config.batch_size)
-    return StreamLanguageModel(module=module, init_scale=config.init_scale)
+    return TruncatedBPTT(inner=PaddedNextToken(module=module, init_scale=config.init_scale))
 
 
 def lm_orders(exp: Experiment) -> None:
