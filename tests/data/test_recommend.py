@@ -1,6 +1,7 @@
 """Windows, histories and negatives: all is covered, nothing of the test leaks."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -116,3 +117,18 @@ def test_logs_by_name(tmp_path, monkeypatch):
     monkeypatch.delenv("TRANSFER_JAX_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="TRANSFER_JAX_DATA"):
         recommend.load_log("ml100k")
+
+
+@pytest.mark.skipif("TRANSFER_JAX_DATA" not in os.environ, reason="needs the files")
+@pytest.mark.parametrize(
+    "name, users, items, actions",
+    [
+        ("amazon_scientific_small", 2_928, 1_585, 19_712),
+        ("amazon_office_5core", 4_905, 2_420, 53_258),
+        ("ml100k", 943, 1_682, 100_000),
+        ("amazon_beauty_bert4rec", 40_226, 54_542, 353_962),
+    ],
+)
+def test_real_logs_have_their_published_sizes(name, users, items, actions):
+    log = recommend.load_log(name)
+    assert (log.num_users, log.num_items, len(log)) == (users, items, actions)

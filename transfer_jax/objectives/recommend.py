@@ -10,7 +10,6 @@ batches (see ``transfer_jax.data.recommend``) have
 * optional ``positions`` [B], where the prediction is read; without it, at the last item.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -431,8 +430,3 @@ class NextItem(Recommendation):
         negative = scores_of(queries, table, bias, drawn)
         beta = gbce_power(self.negatives, n, self.calibration) if self.kind == "gbce" else 1.0
         return binary_cross_entropy(positive, negative, beta)
-
-
-def metric_names(ks: Sequence[int]) -> list[str]:
-    """The names of the ranking metrics, in the order of reports."""
-    return [*(f"hr@{k}" for k in ks), *(f"ndcg@{k}" for k in ks), "mrr"]
