@@ -1,9 +1,12 @@
 """Training steps of sequence models beside PyTorch, in one run.
 
-    python benchmarks/sequence.py [--only=icl] [--budget=4]
+    python benchmarks/sequence.py [--only=icl|ttm] [--budget=4]
 
 * ``icl``: in-context learning of ReLU windows (d = 20, 20 points, batch 64, prompts drawn anew in
   every step on both sides), with a tiny and a small GPT-2, beside ``GPT2Model`` of transformers.
+* ``ttm``: forecasts of 64 windows (512 steps to 96), without training: TTM-B beside ``granite-tsfm``
+  where it is installed, and a flat mixer of the same width (8 layers, no levels, no decoder) beside
+  ``PatchTSMixerForPrediction`` of transformers.
 
 Every row is a process of its own, whose peak memory beyond the imported libraries is printed: it
 holds the parameters, moments, activations and, for JAX, the compiler. Times are medians after two
@@ -11,6 +14,7 @@ steps that warm up, without dropout, all in float32.
 """
 
 import argparse
+import importlib.util
 import json
 import resource
 import subprocess
@@ -140,8 +144,59 @@ def theirs_icl(size: str, options: argparse.Namespace) -> dict[str, float]:
     return {"seconds": taken, "memory": peak() - before}
 
 
+TTM_BATCH = 64
+TTM_FLAT: dict[str, Any] = {
+    "adaptive_patching_levels": 0, "num_layers": 8, "use_decoder": False
+}  # fmt: skip
+
+
+def ttm_windows() -> np.ndarray:
+    windows = np.random.default_rng(0).normal(size=(TTM_BATCH, 512, 1)).cumsum(1)
+    return windows.astype(np.float32)
+
+
+def ours_ttm(kind: str, options: argparse.Namespace) -> dict[str, float]:
+    import jax
+
+    from transfer_jax.models.ttm import TTM, ttm_b
+
+    before = resident()
+    module, x = TTM(ttm_b(**TTM_FLAT) if kind == "flat" else ttm_b()), ttm_windows()
+    params = jax.jit(module.init)(jax.random.key(0), x)
+    run = jax.jit(module.apply)
+    taken = median(lambda: run(params, x).block_until_ready(), options.budget)
+    return {"seconds": taken, "memory": peak() - before}
+
+
+def theirs_ttm(kind: str, options: argparse.Namespace) -> dict[str, float]:
+    import torch
+    import transformers
+
+    before = resident()
+    sizes: dict[str, Any] = {
+        "context_length": 512, "prediction_length": 96, "patch_length": 64, "patch_stride": 64,
+        "num_input_channels": 1, "d_model": 192, "scaling": "std",
+    }  # fmt: skip
+    if kind == "flat":
+        config = transformers.PatchTSMixerConfig(num_layers=TTM_FLAT["num_layers"], **sizes)
+        model = transformers.PatchTSMixerForPrediction(config).eval()
+    else:
+        from tsfm_public.models import tinytimemixer as granite
+
+        config = granite.TinyTimeMixerConfig(
+            num_layers=2, adaptive_patching_levels=3, decoder_num_layers=2, decoder_d_model=128,
+            **sizes,
+        )  # fmt: skip
+        model = granite.TinyTimeMixerForPrediction(config).eval()
+    x = torch.tensor(ttm_windows())
+    with torch.inference_mode():
+        taken = median(lambda: model(x), options.budget)
+    return {"seconds": taken, "memory": peak() - before}
+
+
 ROWS: dict[str, Callable[[str, argparse.Namespace], dict[str, float]]] = {
-    "ours-icl": ours_icl, "theirs-icl": theirs_icl
+    "ours-icl": ours_icl, "theirs-icl": theirs_icl, "ours-ttm": ours_ttm,
+    "theirs-ttm": theirs_ttm,
 }  # fmt: skip
 
 
@@ -169,7 +224,24 @@ def icl() -> None:
         )
 
 
-SECTIONS = {"icl": icl}
+def ttm() -> None:
+    """Forecasts per second of Tiny Time Mixers."""
+    print(f"\nTiny Time Mixers, windows/s; 512 steps to 96, batch {TTM_BATCH}")
+    print(f"  {'':8}{'ours':>10}{'theirs':>10}{'ratio':>10}{'MiB ours':>12}{'MiB theirs':>12}")
+    for kind in ("flat", "ttm-b"):
+        if kind == "ttm-b" and importlib.util.find_spec("tsfm_public") is None:
+            print(f"  {kind:8}granite-tsfm is not installed")
+            continue
+        ours, theirs = (measure(f"{who}-ttm", kind) for who in ("ours", "theirs"))
+        print(
+            f"  {kind:8}{TTM_BATCH / ours['seconds']:10.0f}{TTM_BATCH / theirs['seconds']:10.0f}"
+            f"{theirs['seconds'] / ours['seconds']:8.2f} x{ours['memory']:12.0f}"
+            f"{theirs['memory']:12.0f}",
+            flush=True,
+        )
+
+
+SECTIONS = {"icl": icl, "ttm": ttm}
 
 
 def main() -> None:
