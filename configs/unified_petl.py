@@ -42,6 +42,22 @@ A scale of 4 is mostly another learning rate, on validation sentences: s=1 gives
 tried. Warm-up and initial scale of the pretraining were chosen by the gaps filled; nothing else was
 tuned.
 
+``sentences`` and ``multi30k`` make the same comparison on real text under TRANSFER_JAX_DATA. No
+table of them has been measured.
+
+* ``sentences``: a small encoder learns four sets of sentences (MR, CR, MPQA, Subj) with one
+  classifier of their eight classes, then each method learns TREC's six types of question, with a
+  new head. Beside the methods are ``scratch``, all of a network that was not pretrained, and
+  ``head``, the head alone. Learning rates and initial scale are those of ``markov``, one for each
+  method; rate and scale of the pretraining were set after a trial at 2e-3 and 0.05, in which it
+  learned to tell the sets apart and nothing else (0.33), and every method on the frozen layers
+  stayed at 0.31 on the validation questions. SST-2 as the target was given up: after CR, MPQA, Subj
+  and TREC a head alone reached 0.54 there.
+* ``multi30k``: a small encoder-decoder learns to restore captions with gaps in English and German,
+  as mBART does, then each method learns to translate into German; BLEU on test_2016, greedy. With
+  the English side alone the frozen rows of German tokens would never be trained. A step takes about
+  0.3 s of one busy core; a trial of 60 steps of pretraining restored 0.23 of the tokens.
+
 The other variants are the published settings. They run on a pretrained directory and the files of
 the task, which their config names::
 
@@ -164,18 +180,18 @@ def _sentences() -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict(
         {
             "features": 64, "num_layers": 4, "num_heads": 4, "hidden": 256, "dropout": 0.1,
-            "attention_dropout": 0.1, "init_scale": 0.05, "scan": True,
+            "attention_dropout": 0.1, "init_scale": 0.1, "scan": True,
         }
     )  # fmt: skip
-    optimizer = {"name": "adam", "learning_rate": 2e-3, "warmup_steps": 50, "schedule": "linear"}
-    config.pretrain = fit_config(steps=300, log_every=100, optimizer=optimizer)
+    optimizer = {"name": "adam", "learning_rate": 1e-3, "warmup_steps": 50, "schedule": "linear"}
+    config.pretrain = fit_config(steps=500, log_every=100, optimizer=optimizer)
     config.transfer = fit_config(
         steps=150, log_every=75, optimizer={"name": "adam", "schedule": "linear"}
     )
     config.methods = ml_collections.ConfigDict(
         {
-            "full": _method("full", (2e-3,)),
-            "scratch": _method("scratch", (2e-3,)),
+            "full": _method("full", (1e-3,)),
+            "scratch": _method("scratch", (1e-3,)),
             "head": _method("full", (2e-2,), where="^(pooler|classifier)/"),
             "bitfit": _method("bitfit", (2e-2,)),
             "prefix": _method("prefix", (5e-2,), length=16),
