@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transfer_jax.interop import clip_tokenizer, load_tokenizer
+from transfer_jax.interop import clip_tokenizer, load_tokenizer, train_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -136,3 +136,20 @@ def test_the_vocabulary_of_clip():
     assert list(inputs[0, :7]) == [49406, 320, 1125, 539, 320, 2368, 49407] and lengths[0] == 7
     for row, n, text in zip(inputs, lengths, TEXTS):
         assert list(row[:n]) == rule(text)
+
+
+def test_a_learned_tokeniser_gives_its_texts_back_and_is_read_again(tmp_path):
+    texts = ["Ein kleines Mädchen klettert.", "a b", ""]
+    learned = train_tokenizer(texts * 3, 290, specials=("<de>",), template="<s> $A </s>")
+    made = learned(["<de> Mädchen ☃", *texts])
+    assert learned.decode(made.inputs, made.lengths)[1:] == [" " + texts[0], " a b", ""]
+    ids = {name: learned.token(name) for name in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")}
+    assert list(ids.values()) == [0, 1, 2, 3, 4] and learned.token("<de>") == 5
+    assert made.inputs[0, :2].tolist() == [0, 5] and (made.inputs[3] == [0, 2] + [1] * (
+        made.inputs.shape[1] - 2)).all()  # fmt: skip
+    assert 3 not in made.inputs  # bytes know every text
+    learned.backend.save(str(tmp_path / "tokenizer.json"))
+    again = load_tokenizer(tmp_path, pad=1)(["<de> Mädchen ☃", *texts])
+    np.testing.assert_array_equal(again.inputs, made.inputs)
+    with pytest.raises(ValueError, match="special tokens alone are 261"):
+        train_tokenizer(texts, 260)

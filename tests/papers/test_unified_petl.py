@@ -174,6 +174,7 @@ SMALL = [
 
 def store(folder, stems, line):
     """Writes 20 lines to each file of a collection."""
+    pytest.importorskip("tokenizers")
     folder.mkdir()
     for seed, stem in enumerate(stems):
         rows = [line(i, text) for i, text in enumerate(phrases(20, seed))]
@@ -218,6 +219,7 @@ def test_infilling_hides_spans_and_keeps_the_rest():
 
 def save_model(path, module):
     """A pretrained directory: weights and a tokeniser."""
+    pytest.importorskip("tokenizers")
     tokens = jnp.ones((1, 4), jnp.int32)
     args = (tokens, tokens) if isinstance(module, Bart) else (tokens,)
     save_pretrained(path, module, jax.jit(module.init)(jax.random.key(0), *args)["params"])
