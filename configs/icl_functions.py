@@ -39,7 +39,19 @@ Random labels do hurt, more than random inputs, although y_i can be read off x_{
 reads the labels. With only labels random it ends near zero's error (0.96 for all 15), so nothing
 here says that it falls back on the inputs.
 
-``relu_window``: in a first run without the guard the loss became NaN within 433 steps. With h = 16
+``linear``, the control, seed 0 alone; squared error / d, where zero is at 1:
+
+    position         1      2      3      4      5      6      7      8      9      10     11
+    transformer      1.01   0.78   0.61   0.52   0.41   0.33   0.25   0.25   0.21   0.20   0.21
+    least squares    1.02   0.76   0.58   0.40   0.20   0      0      0      0      0      0
+
+Required: a distance to least squares of at most 0.15, 15 % of the zero predictor's error. NOT held:
+0.166 on the mean over the positions, 0.326 at the worst (position 6). Without the curriculum, 3,000
+steps reached 0.434 and 0.684; at a rate of 3e-3, with the curriculum in half the time, nothing had
+been learnt after 1,550 steps. Everything was falling still when the rate reached 0.
+
+``relu_window`` has not been trained with this code; ``tree`` and the published settings neither
+(the published ones are lowered at full size in the tests). In a first run without the guard the loss became NaN within 433 steps. With h = 16
 hidden units x_2 comes from h ReLUs of x_1 alone, all dead with probability 2^-16; x_2 is then 0/0.
 In 433 steps of 64 prompts that happens with probability 1 - (1 - 2^-16)^27712 = 0.34. Such prompts
 are now left out of loss and metrics, and counted.
@@ -56,7 +68,7 @@ from transfer_jax.training import base_config, fit_config
 VARIANTS = {
     "window": "linear maps over a window of two, d = 4; nothing to download",
     "relu_window": "ReLU networks over a window of two, d = 4",
-    "linear": "linear regression on independent inputs, d = 5: the control",
+    "linear": "linear regression on independent inputs, d = 5, with a curriculum: the control",
     "tree": "decision trees of depth 2 on independent inputs, d = 5",
     "seq_relu_2nn": "published: ReLU networks over a window of two, d = 20, 50,001 steps",
     "seq_relu_2nn_long": "published: the same with d = 100, 10 of them in x_1, and 100 points",
@@ -108,10 +120,9 @@ def _linear() -> ml_collections.ConfigDict:
     config.evaluation.shifts = ("random quadrants", "orthogonal query", "query in the context",
                                 "skewed covariance", "noisy labels", "x times 2")  # fmt: skip
     config.baselines = ("zero", "averaging", "3 nearest", "least squares")
-    # Without the curriculum, or at a third of the rate, 3000 steps do not suffice.
-    config.curriculum.update(dims=(1, 1), points=(11, 0), every=200)
-    config.train = _small_fit(3000)
-    config.train.optimizer.update(learning_rate=3e-3, weight_decay=0.0)
+    # One coordinate first: with all five from the start, half of the steps learn nothing.
+    config.curriculum.update(dims=(1, 1), points=(11, 0), every=400)
+    config.train = _small_fit(4000)
     config.required.least_squares = 0.15
     return config
 
