@@ -1,6 +1,7 @@
 """Conversion networks: tables, padding, common features, heads, gradients, sharding."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -41,21 +42,22 @@ def init(network, seed=0):
 PARAMS = init(NETWORK)
 
 
+@partial(jax.jit, static_argnums=0)
 def apply(network, params, inputs):
-    return jax.jit(lambda p, x: network.apply({"params": p}, x))(params, inputs)
+    return network.apply({"params": params}, inputs)
 
 
 LOGITS = apply(NETWORK, PARAMS, INPUTS)
 
 
+@jax.jit
+def _loss_and_grads(task, params, batch):
+    return jax.value_and_grad(lambda p: task.loss(Variables(p, {}), batch, None)[0])(params)
+
+
 def loss_and_grads(network, params, labels=LABELS, **options):
-    task = EntireSpace(module=network, **options)
-    batch = {"inputs": INPUTS, "labels": jnp.asarray(labels)}
-
-    def loss(p):
-        return task.loss(Variables(p, {}), batch, None)[0]
-
-    return jax.jit(jax.value_and_grad(loss))(params)
+    batch = {"inputs": INPUTS, "labels": labels}
+    return _loss_and_grads(EntireSpace(module=network, **options), params, batch)
 
 
 def test_the_network_read_line_by_line():
@@ -174,24 +176,19 @@ def test_tables_over_eight_devices_give_the_same_step():
     assert params["embeddings"]["user"].shape == (24, 4)
     layout = Layout(make_mesh({"data": 2, "model": 4}), partition_rules())
     task = EntireSpace(module=network)
-
-    def loss(p, batch):
-        return task.loss(Variables(p, {}), batch, None)[0]
-
-    step = jax.jit(jax.value_and_grad(loss))
     batch = {"inputs": INPUTS, "labels": LABELS}
     placed = layout.place(params)
     assert placed["embeddings"]["item"].sharding.shard_shape((24, 4)) == (6, 4)
-    value, grads = step(placed, layout.place_batch(batch))
-    expected, single = step(params, batch)
+    value, grads = _loss_and_grads(task, placed, layout.place_batch(batch))
+    expected, single = _loss_and_grads(task, params, batch)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     trees_close(grads, single)
 
 
 def test_loss_and_gradients_are_deepctrs():
     """The same parameters in deepctr-torch's ESMM."""
-    torch = pytest.importorskip("torch")
     pytest.importorskip("deepctr_torch")
+    import torch
     from deepctr_torch.inputs import SparseFeat
     from deepctr_torch.models import ESMM
 
