@@ -1,10 +1,12 @@
 """Training steps of sequence models beside PyTorch, in one run.
 
-    python benchmarks/sequence.py [--only=icl|ttm] [--budget=4]
+    python benchmarks/sequence.py [--only=lstm|icl|ttm] [--budget=4]
 
+* ``lstm``: one layer of 256 cells over 100 steps of 64 sequences, with a squared error and SGD,
+  beside ``torch.nn.LSTM``, ``GRU`` and ``RNN``; on a GPU where JAX and PyTorch see one.
 * ``icl``: in-context learning of ReLU windows (d = 20, 20 points, batch 64, prompts drawn anew in
   every step on both sides), with a tiny and a small GPT-2, beside ``GPT2Model`` of transformers.
-* ``ttm``: forecasts of 64 windows (512 steps to 96), without training: TTM-B beside ``granite-tsfm``
+* ``ttm``: forecasts of 64 windows (512 steps to 96), no training: TTM-B beside ``granite-tsfm``
   where it is installed, and a flat mixer of the same width (8 layers, no levels, no decoder) beside
   ``PatchTSMixerForPrediction`` of transformers.
 
@@ -47,6 +49,66 @@ def median(step: Callable[[], Any], budget: float) -> float:
         step()
         times.append(time.perf_counter() - start)
     return float(np.median(times))
+
+
+LSTM_CELLS = {"lstm": "LSTM", "gru": "GRU", "elman": "RNN"}
+LSTM_BATCH, LSTM_LENGTH, LSTM_WIDTH = 64, 100, 256
+
+
+def lstm_data() -> np.ndarray:
+    """Inputs and targets, [2, B, L, H]."""
+    shape = (2, LSTM_BATCH, LSTM_LENGTH, LSTM_WIDTH)
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def ours_lstm(cell: str, options: argparse.Namespace) -> dict[str, float]:
+    import jax
+
+    from transfer_jax.nn.recurrent import CELLS
+
+    before = resident()
+    module = CELLS[cell](LSTM_WIDTH)
+    x, y = jax.device_put(lstm_data())
+    params = jax.jit(module.init)(jax.random.key(0), x)
+
+    def update(params, x, y):
+        def loss(params):
+            return ((module.apply(params, x) - y) ** 2).mean()
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient), value
+
+    compiled = jax.jit(update, donate_argnums=0).lower(params, x, y).compile()
+
+    def step() -> None:
+        nonlocal params
+        params, value = compiled(params, x, y)
+        value.block_until_ready()
+
+    taken = median(step, options.budget)
+    temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    return {"seconds": taken, "memory": peak() - before, "temporaries": temporaries}
+
+
+def theirs_lstm(cell: str, options: argparse.Namespace) -> dict[str, float]:
+    import torch
+
+    before = resident()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, y = torch.tensor(lstm_data(), device=device)
+    module = getattr(torch.nn, LSTM_CELLS[cell])(LSTM_WIDTH, LSTM_WIDTH, batch_first=True)
+    module = module.to(device)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+
+    def step() -> None:
+        loss = ((module(x)[0] - y) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for the device
+
+    taken = median(step, options.budget)
+    return {"seconds": taken, "memory": peak() - before}
 
 
 ICL_SIZES = {"tiny": (3, 2, 64), "small": (6, 4, 128)}
@@ -195,8 +257,8 @@ def theirs_ttm(kind: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 ROWS: dict[str, Callable[[str, argparse.Namespace], dict[str, float]]] = {
-    "ours-icl": ours_icl, "theirs-icl": theirs_icl, "ours-ttm": ours_ttm,
-    "theirs-ttm": theirs_ttm,
+    "ours-lstm": ours_lstm, "theirs-lstm": theirs_lstm, "ours-icl": ours_icl,
+    "theirs-icl": theirs_icl, "ours-ttm": ours_ttm, "theirs-ttm": theirs_ttm,
 }  # fmt: skip
 
 
@@ -207,6 +269,22 @@ def measure(row: str, what: str) -> dict[str, float]:
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def lstm() -> None:
+    """Training steps of one recurrent layer."""
+    size = f"{LSTM_BATCH} x {LSTM_LENGTH} steps, {LSTM_WIDTH} cells"
+    print(f"\nOne recurrent layer, a training step in ms; {size}")
+    print(f"  {'':8}{'ours':>10}{'theirs':>10}{'ratio':>10}{'MiB ours':>12}{'MiB theirs':>12}"
+          f"{'XLA temporaries':>18}")  # fmt: skip
+    for cell in LSTM_CELLS:
+        ours, theirs = (measure(f"{who}-lstm", cell) for who in ("ours", "theirs"))
+        print(
+            f"  {cell:8}{1e3 * ours['seconds']:10.1f}{1e3 * theirs['seconds']:10.1f}"
+            f"{theirs['seconds'] / ours['seconds']:8.2f} x{ours['memory']:12.0f}"
+            f"{theirs['memory']:12.0f}{ours['temporaries']:18.0f}",
+            flush=True,
+        )
 
 
 def icl() -> None:
@@ -241,7 +319,7 @@ def ttm() -> None:
         )
 
 
-SECTIONS = {"icl": icl, "ttm": ttm}
+SECTIONS = {"lstm": lstm, "icl": icl, "ttm": ttm}
 
 
 def main() -> None:
