@@ -51,10 +51,11 @@ steps reached 0.434 and 0.684; at a rate of 3e-3, with the curriculum in half th
 been learnt after 1,550 steps. Everything was falling still when the rate reached 0.
 
 ``relu_window`` has not been trained with this code; ``tree`` and the published settings neither
-(the published ones are lowered at full size in the tests). In a first run without the guard the loss became NaN within 433 steps. With h = 16
-hidden units x_2 comes from h ReLUs of x_1 alone, all dead with probability 2^-16; x_2 is then 0/0.
-In 433 steps of 64 prompts that happens with probability 1 - (1 - 2^-16)^27712 = 0.34. Such prompts
-are now left out of loss and metrics, and counted.
+(the published ones are lowered at full size in the tests). In an earlier run of the ReLU window
+without the guard the loss became NaN within 433 steps. With h = 16 hidden units x_2 comes from h
+ReLUs of x_1 alone, all dead with probability 2^-16, and x_2 is then 0/0; in 433 steps of 64 prompts
+that happens with probability 1 - (1 - 2^-16)^27712 = 0.34. Such prompts are now left out of loss
+and metrics, and counted.
 """
 
 import dataclasses
