@@ -48,15 +48,15 @@ table of them has been measured.
 * ``sentences``: a small encoder learns four sets of sentences (MR, CR, MPQA, Subj) with one
   classifier of their eight classes, then each method learns TREC's six types of question, with a
   new head. Beside the methods are ``scratch``, all of a network that was not pretrained, and
-  ``head``, the head alone. Learning rates and initial scale are those of ``markov``, one for each
-  method; rate and scale of the pretraining were set after a trial at 2e-3 and 0.05, in which it
+  ``head``, the head alone. Learning rates and initial scale are like those of ``markov``, one for
+  each method; rate and scale of the pretraining were set after a trial at 2e-3 and 0.05, in which it
   learned to tell the sets apart and nothing else (0.33), and every method on the frozen layers
   stayed at 0.31 on the validation questions. SST-2 as the target was given up: after CR, MPQA, Subj
   and TREC a head alone reached 0.54 there.
 * ``multi30k``: a small encoder-decoder learns to restore captions with gaps in English and German,
   as mBART does, then each method learns to translate into German; BLEU on test_2016, greedy. With
-  the English side alone the frozen rows of German tokens would never be trained. A step takes about
-  0.3 s of one busy core; a trial of 60 steps of pretraining restored 0.23 of the tokens.
+  the English side alone the frozen rows of German tokens would never be trained. A trial
+  of 60 steps of pretraining restored 0.23 of the tokens of held-out captions.
 
 The other variants are the published settings. They run on a pretrained directory and the files of
 the task, which their config names::
