@@ -79,8 +79,13 @@ def plan(workdir: Path, log: Interactions, model: str | None = None) -> Plan:
         )
     items = workdir / "artifacts" / "items.json"
     finished = sorted(p.parent.name for p in (workdir / "stages").glob("*/summary.json"))
-    if not items.exists() or not finished:
+    if not finished:
         raise ConfigError(f"no model in {workdir} is trained to its end; run the experiment first.")
+    if not items.exists():
+        raise ConfigError(
+            f"{workdir} has no list of items (artifacts/items.json): what it ran, "
+            f"config.task={config.get('task')!r}, does not recommend."
+        )
     trained = [name for name in config.models if name in finished]
     model = model or (trained or finished)[0]
     if model not in finished:
