@@ -11,6 +11,7 @@ VARIANTS = {
     "gradient_flow": "gradients through time in untrained networks; half a minute, no training",
     "bidirectional": "XOR with a bit that comes later, one direction and both; a minute",
     "temporal_order": "in which order did two symbols come; two minutes",
+    "ntm_copy": "Graves et al. 2014: repeat up to 20 vectors, NTM and LSTM; hours on two cores",
     "charlm": "characters, state carried or not, beside n-grams (needs TRANSFER_JAX_DATA)",
     "spoken_digits": "spoken digits as mel energies (needs TRANSFER_JAX_DATA)",
     "digit_strings": "strings of spoken digits by CTC (needs TRANSFER_JAX_DATA)",
@@ -84,6 +85,21 @@ def _temporal_order() -> ml_collections.ConfigDict:
     )
 
 
+def _ntm_copy() -> ml_collections.ConfigDict:
+    """The copy task of Graves et al. 2014 with the published sizes and optimiser."""
+    memory = {"slots": 128, "width": 20}
+    networks = {
+        "lstm": _network("lstm", 256, layers=3),
+        "ntm": _network("ntm", 100, options=memory),
+    }
+    config = _compare(
+        "copy", {"longest": 20, "width": 8}, networks, steps=50_000, learning_rate=1e-4,
+        every=1_000, batch_size=16,
+    )  # fmt: skip
+    config.train.optimizer.update(name="rmsprop", b1=0.9, b2=0.95, clip_norm=0.0, clip_value=10.0)
+    return config
+
+
 def _gradient_flow() -> ml_collections.ConfigDict:
     config = _base("gradient_flow")
     config.flow = ml_collections.ConfigDict(
@@ -131,10 +147,10 @@ def _charlm() -> ml_collections.ConfigDict:
         "steep_clipped": _words("elman", 128, True, radius=1.5, train=steep_fit(1.0)),
     }
     train = fit_config(
-        steps=800, log_every=100, eval_every=200,
+        steps=600, log_every=100, eval_every=200,
         optimizer={"name": "adam", "learning_rate": 4e-3, "schedule": "cosine", "clip_norm": 1.0},
     )  # fmt: skip
-    return _language_model(networks, batch_size=50, window=50, train=train)
+    return _language_model(networks, batch_size=32, window=50, train=train)
 
 
 def _frames() -> dict[str, int]:
@@ -338,6 +354,7 @@ SMALL = {
     "gradient_flow": _gradient_flow,
     "bidirectional": _bidirectional,
     "temporal_order": _temporal_order,
+    "ntm_copy": _ntm_copy,
     "charlm": _charlm,
     "spoken_digits": _spoken_digits,
     "digit_strings": _digit_strings,

@@ -44,6 +44,7 @@ from transfer_jax.metrics.text import bleu, label_error_rate
 from transfer_jax.models.generation import Decoding, generate_targets
 from transfer_jax.models.recurrent import RecurrentLanguageModel, RecurrentNetwork
 from transfer_jax.models.recurrent_seq2seq import Captioner, RecurrentSeq2Seq
+from transfer_jax.nn.memory import NTM
 from transfer_jax.nn.recurrent import LSTM, Elman, Recurrent, gradient_flow, identity_gates
 from transfer_jax.objectives import (
     Classification,
@@ -91,7 +92,7 @@ def _orthogonal(scale: float) -> Any:
 
 
 def body(section: Any, streams: int | None = None) -> Any:
-    """The part of a network that runs over time.
+    """The part of a network that runs over time: ``Recurrent`` layers, or one ``NTM``.
 
     Args:
       section: of the config: ``cell``, ``features``, ``layers``, ``bidirectional``, ``dropout``,
@@ -102,6 +103,8 @@ def body(section: Any, streams: int | None = None) -> Any:
     options = dict(section.options)
     if section.radius:
         options["hidden_init"] = _orthogonal(float(section.radius))
+    if section.cell == "ntm":
+        return NTM(section.features, dtype=section.dtype, **options)
     return Recurrent(
         section.features, section.layers, section.cell, options, section.bidirectional,
         dropout=section.dropout, dtype=section.dtype, streams=streams,
@@ -145,7 +148,7 @@ class Problem:
       outputs: their number, of a task.
       head: of the network.
       metric: what is reported.
-      baseline: what knows nothing gets, and why.
+      baseline: what a network without any knowledge of a task gets, and why.
     """
 
     generate: Callable[..., Any]
@@ -153,33 +156,33 @@ class Problem:
     outputs: Callable[[Any], int]
     head: str
     metric: str
-    baseline: tuple[float, str]
+    baseline: Callable[[Any], tuple[float, str]]
 
 
 PROBLEMS = {
     "adding": Problem(
         sequence_tasks.Adding, Regression, lambda task: 1, "last", "mse",
-        (1 / 6, "constant 1"),
+        lambda task: (1 / 6, "constant 1"),
     ),
     "copy": Problem(
-        sequence_tasks.Copy, BitLabelling, lambda task: task.width, "steps", "accuracy",
-        (0.5, "chance"),
+        sequence_tasks.Copy, BitLabelling, lambda task: task.width, "steps", "wrong_bits",
+        lambda task: (task.width * (task.shortest + task.longest) / 4, "chance"),
     ),
     "temporal_order": Problem(
         sequence_tasks.TemporalOrder, Classification, lambda task: 4, "last", "accuracy",
-        (0.25, "chance"),
+        lambda task: (0.25, "chance"),
     ),
     "reber": Problem(
         sequence_tasks.Reber, BitLabelling, lambda task: task.vocab_size, "steps", "accuracy",
-        (0.5, "chance"),
+        lambda task: (0.5, "chance"),
     ),
     "parity": Problem(
         sequence_tasks.Parity, Classification, lambda task: 2, "last", "accuracy",
-        (0.5, "chance"),
+        lambda task: (0.5, "chance"),
     ),
     "delayed_xor": Problem(
         sequence_tasks.DelayedXor, SequenceLabelling, lambda task: 2, "steps", "accuracy",
-        (0.5, "chance"),
+        lambda task: (0.5, "chance"),
     ),
 }  # fmt: skip
 
@@ -216,7 +219,7 @@ def compare(exp: Experiment) -> None:
         score = fitted.metrics[f"test/{metric}"]
         rows.append([name, score, fitted.summary["parameters"], fitted.summary["seconds"]])
         exp.record(f"{name}: test {metric}", score)
-    value, why = problem.baseline
+    value, why = problem.baseline(example)
     rows.append([why, value, 0, 0.0])
     curves[why] = [value] * len(steps)
     exp.table(f"{cfg.problem.name}", ["network", f"test {metric}", "parameters", "seconds"], rows)
