@@ -156,3 +156,20 @@ class Transformed(Objective):
 
     def release(self) -> Objective:
         return self.replace(inner=self.inner.release())
+
+
+class MappedBatch(Transformed):
+    """Base of transformations that give ``inner`` another batch than the pipeline's."""
+
+    def batch(self, batch: Batch) -> Batch:
+        """Returns what ``inner`` sees of a batch of the pipeline."""
+        raise NotImplementedError
+
+    def init(self, rng: Array, batch: Batch) -> Variables:
+        return self.inner.init(rng, self.batch(batch))
+
+    def loss(self, variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
+        return self.inner.loss(variables, self.batch(batch), rng)
+
+    def predict(self, variables: Variables, batch: Batch) -> PyTree:
+        return self.inner.predict(variables, self.batch(batch))

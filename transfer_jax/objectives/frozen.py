@@ -10,17 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transfer_jax.objectives.base import (
-    Array,
-    Aux,
-    Batch,
-    PyTree,
-    Transformed,
-    Variables,
-)
+from transfer_jax.objectives.base import Array, Batch, MappedBatch, PyTree, Variables
 
 
-class Frozen(Transformed):
+class Frozen(MappedBatch):
     """Replaces an entry of the batch by what a frozen module makes of it.
 
     The module's variables are carried, so they are neither differentiated nor optimised: its
@@ -57,14 +50,8 @@ class Frozen(Transformed):
         outputs = self.module.apply(collections, batch[self.key], method=self.method, **given)
         return {**batch, self.key: jax.lax.stop_gradient(outputs)}
 
-    def init(self, rng: Array, batch: Batch) -> Variables:
-        return self.inner.init(rng, self.features(batch))
-
-    def loss(self, variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
-        return self.inner.loss(variables, self.features(batch), rng)
-
-    def predict(self, variables: Variables, batch: Batch) -> PyTree:
-        return self.inner.predict(variables, self.features(batch))
+    def batch(self, batch: Batch) -> Batch:
+        return self.features(batch)
 
 
 def cache_features(

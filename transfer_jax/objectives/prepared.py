@@ -6,27 +6,10 @@ from typing import Any
 import flax.struct
 import jax
 
-from transfer_jax.objectives.base import Array, Aux, Batch, PyTree, Transformed, Variables
+from transfer_jax.objectives.base import Array, Batch, MappedBatch, PyTree
 
 
-class _Mapped(Transformed):
-    """Gives ``inner`` another batch than the pipeline's."""
-
-    def batch(self, batch: Batch) -> Batch:
-        """Returns what ``inner`` sees of a batch of the pipeline."""
-        raise NotImplementedError
-
-    def init(self, rng: Array, batch: Batch) -> Variables:
-        return self.inner.init(rng, self.batch(batch))
-
-    def loss(self, variables: Variables, batch: Batch, rng: Array | None) -> tuple[Array, Aux]:
-        return self.inner.loss(variables, self.batch(batch), rng)
-
-    def predict(self, variables: Variables, batch: Batch) -> PyTree:
-        return self.inner.predict(variables, self.batch(batch))
-
-
-class Prepared(_Mapped):
+class Prepared(MappedBatch):
     """Maps every batch on the device, with arrays that are carried.
 
     For what would be wasteful to send: a batch of window starts becomes the windows of a series
@@ -45,7 +28,7 @@ class Prepared(_Mapped):
         return self.prepare(self.carried, batch)
 
 
-class Generated(_Mapped):
+class Generated(MappedBatch):
     """Draws every example on the device; example i is a pure function of (seed, i).
 
     The pipeline reads an ``IndexSource``: its batches hold the numbers of the examples, so any
