@@ -405,7 +405,9 @@ def ridge(
 ) -> np.ndarray:
     """Linear regression of the horizon on the context, both normalised by the context, closed form.
 
-    Shared by the channels, without intercept: ``(X'X + strength tr(X'X) / sl I)^-1 X'Y``.
+    Shared by the channels, without intercept: ``(X'X + strength tr(X'X) / sl I)^-1 X'Y``. Windows
+    that leave ten deviations of their context, such as those after a constant one, are not used:
+    a few of them would decide everything.
 
     Returns:
       float64 [sl, fl].
@@ -414,6 +416,7 @@ def ridge(
     for rows in _chunks(values, starts, context + horizon):
         loc, scale = _scale(rows[:, :context])
         rows = ((rows - loc) / scale).swapaxes(1, 2).reshape(-1, context + horizon)
+        rows = rows[np.abs(rows).max(axis=1) < 10]
         gram += rows[:, :context].T @ rows
     xx, xy = gram[:, :context], gram[:, context:]
     return np.linalg.solve(xx + strength * np.trace(xx) / context * np.eye(context), xy)
