@@ -29,8 +29,8 @@ esmm        0.874           0.879           0.236              0.107
 ==========  ==============  ==============  =================  ===================
 
 On clicked test impressions the CVR AUC is 0.806, 0.773, 0.818 and 0.839, the CTCVR AUC 0.919,
-0.927, 0.917 and 0.931, in this order; ESMM leads each by DeLong's test (p < 1e-4). After the last epoch
-its error is 0.54 of that of ``base``, and without the clicks' term pCVR falls to a third of the
+0.927, 0.917 and 0.931, in this order; ESMM leads each by DeLong's test (p < 1e-4). After the last
+epoch its error is 0.54 of that of ``base``, and without the clicks' term pCVR falls to a third of the
 truth. What does not show: an advantage of sharing where training is stopped at the best epoch
 (chosen on the test rows): there ``esmm_ns`` is ahead, 0.883 to 0.879, and ``base`` is 0.010 behind.
 
