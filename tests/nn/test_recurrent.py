@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from transfer_jax.models import LanguageModel
 from transfer_jax.models.recurrent import RecurrentLanguageModel
 from transfer_jax.nn import (
     GRU,
@@ -409,4 +410,8 @@ def test_mistakes():
     body = Recurrent(3, bidirectional=True)
     with pytest.raises(ValueError, match="reads the future"):
         model = RecurrentLanguageModel(body=body, outputs=5, vocab_size=5)
+        model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))
+    with pytest.raises(ValueError, match="reads the future"):
+        options = {"bidirectional": True}
+        model = LanguageModel(features=4, vocab_size=5, mixer="recurrent", mixer_options=options)
         model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))

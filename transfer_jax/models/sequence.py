@@ -346,6 +346,11 @@ class LanguageModel(SequenceModel, kw_only=True):
 
     def setup(self):
         super().setup()
+        if self.mixer_options.get("bidirectional") or self.mixer_options.get("reverse"):
+            raise ValueError(
+                f"mixer {self.mixer!r} with {dict(self.mixer_options)} reads the future, so a "
+                "language model would see the token that it predicts; use a causal mixer"
+            )
         self.drop_tokens = nn.Dropout(self.dropout, broadcast_dims=(1,) if self.tie_dropout else ())
         if self.cutoffs is None and not self.tie_embeddings:
             self.head = nn.Dense(self.vocab_size or 0, use_bias=False, dtype=self.dtype)
