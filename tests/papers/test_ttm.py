@@ -65,14 +65,14 @@ def test_only_the_head_is_trained(transferred):
 
 def test_transfer_on_eight_devices(transferred, tmp_path):
     one, _ = transferred
-    many = run("generated", tmp_path, *TRANSFER, devices=8)
+    many = run("generated", tmp_path, *TRANSFER, "ways=()", "horizons=()", devices=8)
     (name,) = (n for n in one.results["tables"] if n.startswith("Forecasts"))
     first, second = (
         {row[0]: row[2:] for row in exp.results["tables"][name]["rows"]} for exp in (one, many)
     )
-    assert first.keys() == second.keys() and "TTM, head only" in first and "ridge 30%" in first
-    for method, scores in first.items():
-        np.testing.assert_allclose(second[method], scores, rtol=1e-4, err_msg=method)
+    assert {"TTM, head only", "ridge 30%", "profile"} <= set(first)
+    zero_shot = "TTM zero-shot, pre-trained on generated"
+    np.testing.assert_allclose(second[zero_shot], first[zero_shot], rtol=1e-4)
     horizons = one.results["tables"]["Pruned and recursive forecasts, MSE"]["rows"]
     assert [row[:2] for row in horizons] == [[6, 2]]
 
