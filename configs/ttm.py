@@ -8,13 +8,13 @@ shares ``--config.fractions=0.05,0.1``.
 
 Measured on 2 CPU cores that other jobs shared.
 
-``etth1``: MSE and MAE over all 2,785 test windows and seven channels of ETTh1, horizon 96, z-scored,
-a network of 111,808 parameters, seed 0 only, of
+``etth1``: MSE and MAE over all 2,785 test windows and seven channels of ETTh1, horizon 96,
+z-scored, a network of 111,808 parameters, seed 0 only, of
 
     python -m launch.local --config=configs/ttm.py:etth1 --workdir=DIR --config.seed=0
 
-with TRANSFER_JAX_DATA set; eight minutes beside other jobs. "NAB" has averaged coarser copies (DRS).
-The closed forms do not depend on the seed.
+with TRANSFER_JAX_DATA set; eight minutes beside other jobs. "NAB" has averaged coarser copies
+(DRS). The closed forms do not depend on the seed.
 
     method                                 rows of ETTh1 seen    MSE     MAE
     ridge                                  all training rows     0.363   0.390
@@ -172,6 +172,7 @@ def _bike_sharing(config: ml_collections.ConfigDict) -> None:
     config.exogenous_ways = ("independent", "mixed", "exogenous")
     config.tune_epochs = 0
     config.tune = _tune(learning_rate=2e-3)
+    config.tune.steps, config.tune.eval_every = 240, 80
     config.validation_stride = 8
 
 
