@@ -1,4 +1,55 @@
-"""Order Matters (Vinyals, Bengio and Kudlur 2016): sets as inputs and as outputs of sequences."""
+"""Order Matters (Vinyals, Bengio and Kudlur 2016): sets as inputs and as outputs of sequences.
+
+Measured on 2 CPU cores that many other jobs shared. The command of a run is
+
+    python -m launch.local --config=configs/set2seq.py:VARIANT --workdir=DIR --config.seed=SEED
+
+``sorting_small``: 5 numbers, exact match in % on 5,000 fresh sets after 2,000 steps, seeds 0, 1, 2
+and their mean; P = steps of the process block:
+
+    rpw, P = 0              73.9  70.3  74.1   72.8
+    rpw, P = 5              95.0  95.3  87.4   92.6
+    rpw, P = 0, glimpse     96.6  85.7  97.6   93.3
+    rpw, P = 5, glimpse     99.1  98.3  98.8   98.7
+    Ptr-Net                 90.8  91.0  93.2   91.7
+    Ptr-Net, sorted inputs  84.2  94.3  93.7   90.7
+
+The summaries of rpw do not depend on the order of the inputs: its three columns (as drawn, sorted,
+in another random order) are equal to the last digit, those of the Ptr-Net are not. With the process
+block and a glimpse it is best in every seed. Five steps against none, without glimpses, were
+required to give 15 points: they give 21.1, 25.0 and 13.3, so **not in seed 2**. A run of all five takes
+two minutes of processor time; seeds 1 and 2 were run cell by cell, with the same results by
+construction.
+
+``star``: test nats per example, one table of probabilities with entropy 16.571 (T = 10, K = 10,
+peakiness 1.5), parameters selected on a validation sample; seeds 0 to 4 for 200 and 1,000 examples,
+0 to 2 for 20,000:
+
+    examples   head first                            head last
+    200        20.60  20.21  20.16  20.37  20.67     21.35  21.15  21.12  21.21  21.41
+    1,000      18.06  18.01  17.84  17.90  17.88     18.64  18.88  18.69  18.77  18.63
+    20,000     16.99  16.93  16.95                   17.55  17.55  17.57
+
+The head first is better in every run, by 0.57 to 0.96 nats, and nothing is below the entropy. With
+20,000 examples the gap is open still: 1,500 steps are too few to close it.
+
+``ngrams`` with ``--config.train.steps=800``, tinyshakespeare, 500 commonest words, 256 validation
+5-grams, perplexity of the set per word (slots charged), seeds 0, 1, 2:
+
+    natural order (1,2,3,4,5)      41.3  41.7  41.3
+    scrambled (5,1,3,4,2)          48.3  49.8  49.6
+    easy: search among these two   41.5  42.7  42.0    best order natural: 99.6, 100, 99.6 %
+
+Easy was required to end within 2 % of the natural order: +0.5, **+2.5** and +1.5 %. Of the search
+among all 120 orders there are only shorter tests with seed 0. Drawn element by element
+(``ancestral``), orders had not collapsed after 800 steps: entropy 2.1 nats, set perplexity 55.7.
+The draws prefer frequent words, wherever they stand, for only the probabilities of what is left
+are compared. Drawn in proportion to ``p(Y_pi)`` (``exact_sample``), with 4-grams and 1,000 steps,
+the natural order was the best for 80 % of the examples and the entropy 0.7 nats, still falling.
+``hard`` of this variant, the same with 5-grams, 1,500 steps, is not measured.
+
+``lm_orders`` and ``parsing`` were run for a few steps only.
+"""
 
 from typing import Any
 
