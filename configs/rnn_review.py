@@ -1,4 +1,71 @@
-"""Recurrent networks."""
+"""Recurrent networks, after Lipton, Berkowitz and Elkan 2015 (a survey without experiments).
+
+Variants that need no download, or only ``TRANSFER_JAX_DATA``, are small; ``wmt14``, ``ptb``,
+``char_rnn``, ``handwriting``, ``coco`` and ``ntm_copy`` are systems that the survey is about, at
+their published sizes. None of those has been run; all but ``ntm_copy`` are lowered in the tests.
+
+Measured with the seeds 0, 1, 2, one untuned setting each, on 2 CPU cores that other jobs shared, by
+
+    python -m launch.local --config=configs/rnn_review.py:VARIANT --workdir=DIR --config.seed=SEED
+
+and, where a variant has several networks, some of them in a process of their own (a stage's seed
+depends on its name alone). Seconds are of processor time, without other jobs.
+
+``adding`` (T = 100, 52 s). Test MSE by seed: LSTM 0.0017, 0.0049, 0.0033; Elman 0.097, 0.165, 0.163
+(the constant 1: 0.167). The LSTM bridges 100 steps each time. That an Elman network cannot holds
+for two seeds: with seed 0 it begins to learn in the last 150 steps (orthogonal recurrent matrix).
+
+``temporal_order`` (T = 60, 39 s). Test accuracy: LSTM 0.9995, 1, 1; Elman 0.242, 0.244, 0.258
+(chance 0.25).
+
+``bidirectional`` (20 s). Test accuracy of ``x_t XOR x_{t+5}``: both directions 1, 1, 1; forward
+0.501, 0.499, 0.500.
+
+``gradient_flow`` (9 s). Spectral norm of ds(t)/ds(0), means over the seeds; the linear networks
+follow radius^t to 5e-6, the tanh networks stay below it:
+
+=========================  =======  =======  =======
+network                    t = 10   t = 50   t = 100
+=========================  =======  =======  =======
+tanh, radius 0.9           0.31     1.5e-3   1.6e-6
+tanh, radius 1             0.85     0.11     5.8e-3
+tanh, radius 1.1           2.0      1.8      0.71
+LSTM cell, forget bias 0   0.011    1.2e-10  6.1e-21
+LSTM cell, forget bias 1   0.25     6.5e-4   1.9e-7
+LSTM cell, forget bias 5   3.5      84       309
+=========================  =======  =======  =======
+
+So the cell alone does not keep gradients: at the start an LSTM with the usual bias loses them faster
+than an orthogonal tanh network. Its gates must open first.
+
+``charlm`` (tinyshakespeare, 600 batches of 32 x 50 characters, 75 s). Test bits per character, mean
+and standard deviation, on windows of 500 and of 50 characters that start from zero:
+
+===========================  =============  =============
+network                      500            50
+===========================  =============  =============
+LSTM 128, state carried      3.148 (0.036)  3.202 (0.032)
+LSTM 128, reset              3.118 (0.011)  3.143 (0.010)
+Elman 128, state carried     3.066 (0.007)  3.115 (0.009)
+Elman 128, reset             3.066 (0.008)  3.092 (0.008)
+Kneser-Ney 1-, 3-, 5-gram    4.850, 3.027, 2.366
+===========================  =============  =============
+
+None of the three claims shows in so short a training: the Elman network is ahead of the LSTM, the
+carried state does not help even where there is one to carry, and all are above the 3-gram. After
+1,200 batches (``--config.train.steps=1200``, seed 0 only) on windows of 500: LSTM carried 2.887,
+reset 2.930, Elman carried 2.888: the carried state helps and the 3-gram is beaten, but the Elman
+network is not, and the 5-gram is far off.
+Clipping (Elman, recurrent matrix 1.5 times orthogonal, SGD at rate 1, 200 batches): without 47.2,
+5.8, 56.9 bits, worse than the 1-gram; at norm 1 4.22, 4.09, 4.12.
+
+``spoken_digits`` (100 batches of 32, about 30 s). Test accuracy: both directions (146,698
+parameters) 0.977, 0.953, 0.973; forward (56,970) 0.930, 0.957, 0.927. Ahead with two seeds of three,
+with more parameters.
+
+``translation`` and ``digit_strings`` have been tried for a few steps only; whether a reversed source
+gives a better BLEU has not been measured.
+"""
 
 from typing import Any
 
@@ -7,10 +74,10 @@ import ml_collections
 from transfer_jax.training import base_config, fit_config
 
 VARIANTS = {
-    "adding": "the sum of two marked numbers among 100, LSTM and Elman; two minutes on two cores",
+    "adding": "the sum of two marked numbers among 100, LSTM and Elman; a minute on two cores",
     "gradient_flow": "gradients through time in untrained networks; half a minute, no training",
     "bidirectional": "XOR with a bit that comes later, one direction and both; a minute",
-    "temporal_order": "in which order did two symbols come; two minutes",
+    "temporal_order": "in which order did two symbols come; a minute",
     "ntm_copy": "Graves et al. 2014: repeat up to 20 vectors, NTM and LSTM; hours on two cores",
     "charlm": "characters, state carried or not, beside n-grams (needs TRANSFER_JAX_DATA)",
     "spoken_digits": "spoken digits as mel energies (needs TRANSFER_JAX_DATA)",
