@@ -30,13 +30,13 @@ network                    t = 10   t = 50   t = 100
 tanh, radius 0.9           0.31     1.5e-3   1.6e-6
 tanh, radius 1             0.85     0.11     5.8e-3
 tanh, radius 1.1           2.0      1.8      0.71
-LSTM cell, forget bias 0   0.011    1.2e-10  6.1e-21
+LSTM cell, forget bias 0   0.011    1.2e-10  6.0e-21
 LSTM cell, forget bias 1   0.25     6.5e-4   1.9e-7
 LSTM cell, forget bias 5   3.5      84       309
 =========================  =======  =======  =======
 
-So the cell alone does not keep gradients: at the start an LSTM with the usual bias loses them faster
-than an orthogonal tanh network. Its gates must open first.
+So the cell alone does not keep gradients: at the start an LSTM with the usual bias loses them
+faster than an orthogonal tanh network. Its gates must open first.
 
 ``charlm`` (tinyshakespeare, 600 batches of 32 x 50 characters, 75 s). Test bits per character, mean
 and standard deviation, on windows of 500 and of 50 characters that start from zero:
@@ -46,7 +46,7 @@ network                      500            50
 ===========================  =============  =============
 LSTM 128, state carried      3.148 (0.036)  3.202 (0.032)
 LSTM 128, reset              3.118 (0.011)  3.143 (0.010)
-Elman 128, state carried     3.066 (0.007)  3.115 (0.009)
+Elman 128, state carried     3.066 (0.006)  3.115 (0.009)
 Elman 128, reset             3.066 (0.008)  3.092 (0.008)
 Kneser-Ney 1-, 3-, 5-gram    4.850, 3.027, 2.366
 ===========================  =============  =============
@@ -60,11 +60,11 @@ Clipping (Elman, recurrent matrix 1.5 times orthogonal, SGD at rate 1, 200 batch
 5.8, 56.9 bits, worse than the 1-gram; at norm 1 4.22, 4.09, 4.12.
 
 ``spoken_digits`` (100 batches of 32, about 30 s). Test accuracy: both directions (146,698
-parameters) 0.977, 0.953, 0.973; forward (56,970) 0.930, 0.957, 0.927. Ahead with two seeds of three,
-with more parameters.
+parameters) 0.977, 0.953, 0.973; forward (56,970) 0.930, 0.957, 0.927. Ahead with two seeds of
+three, with more parameters.
 
-``translation`` and ``digit_strings`` have been tried for a few steps only; whether a reversed source
-gives a better BLEU has not been measured.
+``translation`` and ``digit_strings`` have been tried for a few steps only; whether a reversed
+source gives a better BLEU has not been measured.
 """
 
 from typing import Any
