@@ -21,7 +21,6 @@ with two threads a step of PyTorch took 0.6 s in one run and 1.8 s in another.
 import argparse
 import itertools
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -29,19 +28,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from meter import peak, resident
 
 FIELDS, FEATURES, HIDDEN = 5, 18, (64, 32)
-
-
-def resident() -> float:
-    """MiB of this process now."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
-
-
-def peak() -> float:
-    """MiB of this process at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def timed(step: Callable[[], Any], budget: float) -> dict[str, float]:

@@ -15,40 +15,16 @@ steps that warm up, without dropout, all in float32.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from meter import median, peak, resident
 
 METHODS = ("full", "lora", "mam", "unipt")
 VOCABULARY, CLASSES = 30_522, 2
-
-
-def resident() -> float:
-    """MiB of this process now."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
-
-
-def peak() -> float:
-    """MiB of this process at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def median(step: Callable[[], Any], budget: float) -> float:
-    """Seconds of a call, after two that warm up."""
-    for _ in range(2):
-        step()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < budget and len(times) < 30):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
 
 
 def data(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:

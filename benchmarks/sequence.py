@@ -18,38 +18,13 @@ steps that warm up, without dropout, all in float32.
 import argparse
 import importlib.util
 import json
-import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
-
-def resident() -> float:
-    """MiB of this process now."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
-
-
-def peak() -> float:
-    """MiB of this process at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def median(step: Callable[[], Any], budget: float) -> float:
-    """Seconds of a call, after two that warm up."""
-    for _ in range(2):
-        step()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < budget and len(times) < 30):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
+from meter import median, peak, resident
 
 LSTM_CELLS = {"lstm": "LSTM", "gru": "GRU", "elman": "RNN"}
 LSTM_BATCH, LSTM_LENGTH, LSTM_WIDTH = 64, 100, 256
