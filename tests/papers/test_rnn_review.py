@@ -62,6 +62,20 @@ def test_the_published_sizes():
     assert FULL["ptb"] == pytest.approx(20e6, rel=0.02)
 
 
+def test_the_network_of_the_copy_task_has_its_published_sizes():
+    config = config_of("ntm_copy")
+    example = rnn_review.PROBLEMS["copy"].generate(**config.problem.options)
+    assert rnn_review.PROBLEMS["copy"].baseline(example) == (42, "chance")
+    shape = jax.eval_shape(example, jax.random.key(0))["inputs"].shape
+    network = rnn_review.RecurrentNetwork(body=rnn_review.body(config.networks.ntm), outputs=8)
+    inputs = jnp.zeros((2, *shape))
+    outputs, variables = jax.eval_shape(network.init_with_output, jax.random.key(0), inputs)
+    assert outputs.shape == (2, 41, 8)
+    controller = 400 * (9 + 100 + 20 + 2)
+    heads = 101 * (2 * (20 + 3 + 3) + 2 * 20) + 2 * 128 + 20
+    assert parameter_count(variables["params"]) == controller + heads + 121 * 100 + 101 * 8
+
+
 def test_parameters_are_uniform():
     module = rnn_review.RecurrentLanguageModel(
         body=rnn_review.Recurrent(16), outputs=5, vocab_size=5
