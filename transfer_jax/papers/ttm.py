@@ -47,7 +47,15 @@ def recipe(exp: Experiment) -> None:
 
 
 def network(config: Any, **changes: Any) -> TTM:
-    """Builds the network of a config, with some of its settings changed."""
+    """Builds the network of a config, with some of its settings changed.
+
+    Raises:
+      ConfigError: batch normalisation, whose running statistics the recipes do not hand on.
+    """
+    if config.model.norm != "layer":
+        raise ConfigError(
+            "config.model.norm: the recipes take 'layer' only; 'batch' is for parity."
+        )
     return TTM(TTMConfig(**{**config.model.to_dict(), **changes}), jnp.dtype(config.dtype))
 
 
