@@ -122,8 +122,8 @@ def _linear() -> ml_collections.ConfigDict:
                                 "skewed covariance", "noisy labels", "x times 2")  # fmt: skip
     config.baselines = ("zero", "averaging", "3 nearest", "least squares")
     # One coordinate first: with all five from the start, half of the steps learn nothing.
-    config.curriculum.update(dims=(1, 1), points=(11, 0), every=400)
-    config.train = _small_fit(4000)
+    config.curriculum.update(dims=(1, 1), points=(11, 0), every=800)
+    config.train = _small_fit(8000)
     config.required.least_squares = 0.15
     return config
 

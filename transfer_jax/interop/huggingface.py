@@ -35,8 +35,18 @@ PyTree = Any
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        BERT, ROBERTA, CLIP, T5_FAMILY, BART, MBART, GPT2_FAMILY, VIT, DEIT, LONGFORMER, TTM_FAMILY,
-    )  # fmt: skip
+        BERT,
+        ROBERTA,
+        CLIP,
+        T5_FAMILY,
+        BART,
+        MBART,
+        GPT2_FAMILY,
+        VIT,
+        DEIT,
+        LONGFORMER,
+        TTM_FAMILY,
+    )
 }
 
 

@@ -17,7 +17,7 @@ class TruncatedBPTT(Transformed):
 
     The module keeps its recurrent state in the collection ``carry`` (``nn.Recurrent`` with
     ``streams``), so the state lies in ``Variables.state`` and in the checkpoints. Rows with
-    ``batch["reset"]`` (bool [B]) start from zeros. ``data.text.stream_windows`` lays out such batches.
+    ``batch["reset"]`` (bool [B]) start from zeros. ``data.text.stream_windows`` makes such batches.
 
     In the notation of Lipton et al. (2015, TBPTT(k1, k2)): k1 is the length of a batch's sequences
     and ``k2 = (history + 1) k1``. Gradients cross ``history`` borders of batches: the state before
