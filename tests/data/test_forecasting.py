@@ -60,7 +60,7 @@ def test_files_of_the_data_directory():
         np.testing.assert_allclose(bench.series.values[:8640].std(0), 1, rtol=1e-4)
     bike = data.benchmark("bike_sharing")
     assert len(bike.targets) == 3 and len(bike.exogenous) == 11
-    assert bike.borders["test"][1] == 17_379
+    assert bike.borders["test"][1] == 17_379 and np.abs(bike.series.values).max() < 12
     series = data.nab()
     steps = {int(one.seconds) for one in series}
     assert len(series) == 27 and steps == {300, 1800, 3600}
