@@ -37,6 +37,31 @@ steps. Tuning the head on 5 % of ETTh1 does not help (0.413 after 0.406). The di
 two corpora is no test of diverse resolutions: the second has more series as well.
 By horizon, every 16th window, 24, 48, 96 and 192 steps (the last in two passes): TTM 0.397, 0.402,
 0.411, 0.430; mean of seven days 0.355, 0.368, 0.399, 0.446.
+
+``bike_sharing``: MSE and MAE of the three targets over all test windows, context 168, horizon 24,
+from scratch, seed 0 only, three and a half minutes beside other jobs:
+
+    channels apart (29,407 parameters)          0.680   0.549
+    mixed in the decoder (31,575)               0.667   0.550
+    mixed, and known future values (41,522)     0.451   0.456
+    ridge on the targets, without the future    0.650   0.527
+    mean of the last seven days                 1.004   0.644
+    seasonal-naive                              1.156   0.610
+
+Known future values lower the error by 34 %, mixing alone by 2 %; without them a ridge is better
+than both networks. With the column "year" as it is, the third row was 0.814: but for two days all
+training rows are of one year, and the network meets a z-score of 14. The reader holds the year
+since; the network of 0.451 was trained with that column, nearly constant in training, and evaluated
+without it.
+
+``rpt``: NAB at five minutes and averaged to hours, 38 series, MSE on the last 30 % of their rows,
+every 16th window, context 96, horizon 24, seed 0 only, two minutes:
+
+    with prefix       0.452 (5 min)   1.219 (1 h)
+    without           0.455 (5 min)   1.228 (1 h)
+
+The prefix gains 0.7 %, which one seed cannot tell from chance. The commands are those of ``etth1``
+with the name of the variant. ``generated`` has only been run with a few steps.
 """
 
 import dataclasses
@@ -47,7 +72,7 @@ import ml_collections
 from transfer_jax.training import base_config, fit_config
 
 VARIANTS = {
-    "generated": "pre-training on made-up series of three resolutions; no files, two minutes",
+    "generated": "pre-training on made-up series of three resolutions; no files, a few minutes",
     "etth1": "pre-training on ETTh2 and the NAB series, tested on ETTh1 (needs TRANSFER_JAX_DATA)",
     "rpt": "resolution prefix on and off, short contexts (needs TRANSFER_JAX_DATA)",
     "bike_sharing": "channel mixing and known future values (needs TRANSFER_JAX_DATA)",
