@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from transfer_jax.configuration import ConfigError, apply_overrides, get_config
-from transfer_jax.objectives import NextToken
+from transfer_jax.objectives import NextToken, UniformInit
 from transfer_jax.papers import rnn_review
 from transfer_jax.training import Experiment, Layout, make_mesh
 from transfer_jax.training.aot import lower_step
@@ -81,7 +81,7 @@ def test_parameters_are_uniform():
         body=rnn_review.Recurrent(16), outputs=5, vocab_size=5
     )
     batch = {"inputs": jnp.zeros((2, 4), jnp.int32)}
-    task = rnn_review.UniformInit(inner=NextToken(module=module), scale=0.08)
+    task = UniformInit(inner=NextToken(module=module), scale=0.08)
     drawn = task.init(jax.random.key(0), batch)
     usual = task.inner.init(jax.random.key(0), batch)
     assert jax.tree.map(jnp.shape, drawn) == jax.tree.map(jnp.shape, usual)

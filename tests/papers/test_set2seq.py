@@ -24,7 +24,7 @@ from transfer_jax.data import ArraySource, IndexSource, Pipeline, bucketed
 from transfer_jax.models import Decoding, generate_targets
 from transfer_jax.models.recurrent import RecurrentNetwork
 from transfer_jax.nn import Recurrent
-from transfer_jax.objectives import Seq2Seq, TruncatedBPTT, Variables
+from transfer_jax.objectives import Seq2Seq, TruncatedBPTT, UniformInit, Variables
 from transfer_jax.papers import set2seq
 from transfer_jax.papers.set2seq import OrderSearch, Pointing, SortingExample, TokenSlotModel
 from transfer_jax.training import Experiment, Layout, evaluate, make_mesh
@@ -383,7 +383,7 @@ def test_windows_go_on_and_padding_is_not_scored():
     def task(streams):
         body = Recurrent(6, 2, streams=streams)
         module = RecurrentNetwork(body=body, outputs=9, vocab_size=9, embedding=5)
-        return set2seq.PaddedNextToken(module=module, init_scale=0.3)
+        return UniformInit(inner=set2seq.PaddedNextToken(module=module), scale=0.3)
 
     tokens = jax.random.randint(jax.random.key(0), (2, 13), 0, 9)  # 0 is the padding
     assert (tokens == 0).any()

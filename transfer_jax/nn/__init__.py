@@ -16,6 +16,7 @@ from transfer_jax.nn.recurrent import (
     ridge_readout,
 )
 from transfer_jax.nn.s4 import SSM_PARAMETERS, S4Layer, SSMKernel
+from transfer_jax.nn.set2seq import PointerDecoder, Set2Set, SetEncoder
 from transfer_jax.nn.sliding_attention import SlidingAttention
 from transfer_jax.nn.transformer import (
     TransformerConfig,
@@ -28,8 +29,8 @@ from transfer_jax.nn.transformer import (
 
 __all__ = [
     "CELLS", "GRU", "LSTM", "MIXERS", "NTM", "SSM_PARAMETERS", "AdaptiveSoftmax", "Attention",
-    "EchoState", "Elman", "FeedForward", "Jordan", "KVCache", "LinearAttention", "Recurrent",
-    "S4Layer", "SSMKernel", "SequenceBlock", "SlidingAttention", "TransformerConfig",
-    "TransformerLayer", "TransformerStack", "gradient_flow", "ridge_readout", "stack_layers",
-    "transformer_rules", "unstack_layers",
+    "EchoState", "Elman", "FeedForward", "Jordan", "KVCache", "LinearAttention", "PointerDecoder",
+    "Recurrent", "S4Layer", "SSMKernel", "SequenceBlock", "Set2Set", "SetEncoder",
+    "SlidingAttention", "TransformerConfig", "TransformerLayer", "TransformerStack",
+    "gradient_flow", "ridge_readout", "stack_layers", "transformer_rules", "unstack_layers",
 ]  # fmt: skip

@@ -6,12 +6,17 @@ from transfer_jax.objectives.contrastive import (
     ImageTextClassification,
     ZeroShotClassification,
 )
+from transfer_jax.objectives.conversion import EntireSpace
+from transfer_jax.objectives.ctc import CTC
 from transfer_jax.objectives.distil import Distilled, DistilledObjective
+from transfer_jax.objectives.forecasting import Forecasting
 from transfer_jax.objectives.frozen import Frozen, cache_features
+from transfer_jax.objectives.labelling import BitLabelling, SequenceLabelling
 from transfer_jax.objectives.matching import PairMatching
 from transfer_jax.objectives.penalize import LinearFloor, Penalized, PenalizedObjective
 from transfer_jax.objectives.petl import Adapted
 from transfer_jax.objectives.prepared import Generated, Prepared
+from transfer_jax.objectives.recommend import Cloze, NextItem
 from transfer_jax.objectives.reparameterize import LowRank, ReparameterizedObjective, Trainable
 from transfer_jax.objectives.seq2seq import Seq2Seq
 from transfer_jax.objectives.tasks import (
@@ -21,14 +26,19 @@ from transfer_jax.objectives.tasks import (
     Regression,
     example_mask,
 )
-from transfer_jax.objectives.warm_start import WarmStart
+from transfer_jax.objectives.warm_start import UniformInit, WarmStart
 
 __all__ = [
+    "CTC",
     "Adapted",
     "Aux",
+    "BitLabelling",
     "Classification",
+    "Cloze",
     "Distilled",
     "DistilledObjective",
+    "EntireSpace",
+    "Forecasting",
     "Frozen",
     "Generated",
     "ImageTextClassification",
@@ -36,6 +46,7 @@ __all__ = [
     "LowRank",
     "Mean",
     "ModuleObjective",
+    "NextItem",
     "NextToken",
     "Objective",
     "PairMatching",
@@ -45,9 +56,11 @@ __all__ = [
     "Regression",
     "ReparameterizedObjective",
     "Seq2Seq",
+    "SequenceLabelling",
     "Trainable",
     "Transformed",
     "TruncatedBPTT",
+    "UniformInit",
     "Variables",
     "WarmStart",
     "ZeroShotClassification",

@@ -1,4 +1,4 @@
-"""Start from given parameters."""
+"""Where training starts: from given parameters, or from uniform ones."""
 
 from typing import Any
 
@@ -71,3 +71,23 @@ def overlay(tree: PyTree, given: PyTree, name: str) -> PyTree:
         return jnp.asarray(new, x.dtype)
 
     return jax.tree_util.tree_map_with_path(put, tree)
+
+
+class UniformInit(Transformed):
+    """Draws all parameters uniformly from [-scale, scale], biases too (Sutskever et al. 2014).
+
+    Attributes:
+      inner: the objective.
+      scale: see above.
+    """
+
+    scale: float = 0.08
+
+    def init(self, rng: Array, batch: Batch) -> Variables:
+        variables = self.inner.init(rng, batch)
+        leaves, tree = jax.tree.flatten(variables.params)
+        drawn = [
+            jax.random.uniform(key, x.shape, x.dtype, -self.scale, self.scale)
+            for key, x in zip(jax.random.split(rng, len(leaves)), leaves)
+        ]
+        return variables._replace(params=jax.tree.unflatten(tree, drawn))

@@ -54,7 +54,7 @@ from transfer_jax.objectives import (
     Regression,
     Seq2Seq,
     Transformed,
-    Variables,
+    UniformInit,
     WarmStart,
 )
 from transfer_jax.objectives.carried import TruncatedBPTT
@@ -109,26 +109,6 @@ def body(section: Any, streams: int | None = None) -> Any:
         section.features, section.layers, section.cell, options, section.bidirectional,
         dropout=section.dropout, dtype=section.dtype, streams=streams,
     )  # fmt: skip
-
-
-class UniformInit(Transformed):
-    """Draws all parameters uniformly from [-scale, scale], biases too (Sutskever et al. 2014).
-
-    Attributes:
-      inner: the objective.
-      scale: see above.
-    """
-
-    scale: float = 0.08
-
-    def init(self, rng: Array, batch: Batch) -> Variables:
-        variables = self.inner.init(rng, batch)
-        leaves, tree = jax.tree.flatten(variables.params)
-        drawn = [
-            jax.random.uniform(key, x.shape, x.dtype, -self.scale, self.scale)
-            for key, x in zip(jax.random.split(rng, len(leaves)), leaves)
-        ]
-        return variables._replace(params=jax.tree.unflatten(tree, drawn))
 
 
 def _uniform(config: Any, task: Objective) -> Objective:

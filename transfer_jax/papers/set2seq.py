@@ -51,6 +51,7 @@ from transfer_jax.objectives import (
     Objective,
     Seq2Seq,
     TruncatedBPTT,
+    UniformInit,
     Variables,
     example_mask,
 )
@@ -838,32 +839,19 @@ class PaddedNextToken(NextToken):
 
     Attributes:
       pad_id: see above.
-      init_scale: initial parameters are uniform in +- this; 0 = the module's own.
     """
 
     pad_id: int = flax.struct.field(pytree_node=False, default=0)
-    init_scale: float = flax.struct.field(pytree_node=False, default=0.0)
-
-    def init(self, rng: Array, batch: Batch) -> Variables:
-        params, state = super().init(rng, batch)
-        if self.init_scale:
-            leaves, treedef = jax.tree.flatten(params)
-            keys = jax.random.split(jax.random.fold_in(rng, 1), len(leaves))
-            uniform = functools.partial(
-                jax.random.uniform, minval=-self.init_scale, maxval=self.init_scale
-            )
-            drawn = [uniform(key, x.shape, x.dtype) for key, x in zip(keys, leaves)]
-            params = jax.tree.unflatten(treedef, drawn)
-        return Variables(params, state)
 
     def _shift(self, batch: Batch) -> tuple[Batch, Array, Array]:
         inner, targets, weights = super()._shift(batch)
         return inner, targets, weights * (targets != self.pad_id)
 
 
-def _stream_objective(config: Any, vocab_size: int) -> TruncatedBPTT:
+def _stream_objective(config: Any, vocab_size: int) -> Objective:
     module = _language_model(config, vocab_size, vocab_size, config.batch_size)
-    return TruncatedBPTT(inner=PaddedNextToken(module=module, init_scale=config.init_scale))
+    task = TruncatedBPTT(inner=PaddedNextToken(module=module))
+    return UniformInit(inner=task, scale=config.init_scale) if config.init_scale else task
 
 
 def lm_orders(exp: Experiment) -> None:
