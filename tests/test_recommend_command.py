@@ -10,7 +10,7 @@ from transfer_jax import cli, recommendation
 from transfer_jax.configuration import apply_overrides, get_config
 from transfer_jax.data.interactions import leave_one_out
 from transfer_jax.papers import bert4rec
-from transfer_jax.training import Experiment, load_variables
+from transfer_jax.training import Experiment, Layout, load_variables, make_mesh
 
 SHORT = (
     "models=('bert4rec',)", "data.options.users=40", "data.options.items=40",
@@ -27,6 +27,7 @@ ROWS = [  # user, item, time; "new" is an item that the run has never seen
 def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
     exp = Experiment(apply_overrides(get_config("bert4rec"), SHORT), path)
+    exp.layout = Layout(make_mesh(devices=jax.devices()[:1]))  # compiles sooner
     cfg = exp.config
     log = bert4rec.read_log(cfg)
     exp.artifact("items", lambda: [str(name) for name in log.item_names])

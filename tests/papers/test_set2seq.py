@@ -68,6 +68,12 @@ def test_examples_are_sorted_by_their_targets_in_every_order():
     assert "lengths" not in sets()
 
 
+def experiment(config, workdir):
+    exp = Experiment(config, workdir)
+    exp.layout = Layout(make_mesh(devices=jax.devices()[:1]))  # compiles sooner
+    return exp
+
+
 @pytest.fixture(scope="module")
 def sorters(tmp_path_factory):
     """A recipe that sorts three numbers, long enough to be right at times."""
@@ -77,7 +83,7 @@ def sorters(tmp_path_factory):
     )  # fmt: skip
     with config.unlocked():
         config.cells = (("rpw", 2, 1), ("ptrnet_lstm", 0, 0))
-    exp = Experiment(config, tmp_path_factory.mktemp("sorting"))
+    exp = experiment(config, tmp_path_factory.mktemp("sorting"))
     return config, exp, exp.run()
 
 
@@ -94,7 +100,7 @@ def test_exact_match_is_that_of_greedy_decoding(sorters):
     cell = set2seq.Cell("rpw", 2, 1)
     task = set2seq._sorting_objective(config, cell, 5)
     numbers = Pipeline(IndexSource(), config.batch_size, repeat=True)
-    fitted = Experiment(config, exp.workdir).fit(cell.name, task, numbers, config.train)
+    fitted = experiment(config, exp.workdir).fit(cell.name, task, numbers, config.train)
     batch = jax.jit(task.batch)({"index": jnp.arange(100)})
     _, aux = jax.jit(task.inner.loss)(fitted.variables, batch, None)
     decoding = Decoding(max_tokens=3, start_id=3)
@@ -479,7 +485,7 @@ def test_recipes_run(variant, tmp_path, monkeypatch):
     if variant == "ngrams":
         with config.unlocked():
             config.searches = (("hard", "ancestral", ()),)
-    results = Experiment(config, tmp_path).run()
+    results = experiment(config, tmp_path).run()
     ((_, table),) = results["tables"].items()
     rows = table["rows"]
     assert results["bars"] if variant != "star" else results["curves"]
@@ -496,7 +502,7 @@ def test_recipes_run(variant, tmp_path, monkeypatch):
     else:
         assert 0 <= rows[0][1] <= 1
     if variant == "star":  # a finished run gives its results again
-        again = Experiment(config, tmp_path)
+        again = experiment(config, tmp_path)
         monkeypatch.setattr(again, "evaluate", None)
         assert json.dumps(again.run(), sort_keys=True) == json.dumps(results, sort_keys=True)
 
