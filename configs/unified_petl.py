@@ -43,7 +43,25 @@ tried. Warm-up and initial scale of the pretraining were chosen by the gaps fill
 tuned.
 
 ``sentences`` and ``multi30k`` make the same comparison on real text under TRANSFER_JAX_DATA. No
-table of them has been measured.
+table of ``multi30k`` has been measured. TREC's test accuracy of ``sentences``, mean and standard
+deviation over the seeds 0, 1, 2 of the command above, 130 s of processor time each:
+
+    method                                accuracy
+    scratch (all of a new network)        0.594 +- 0.048
+    full fine-tuning                      0.585 +- 0.068
+    scaled parallel, ffn                  0.452 +- 0.027
+    LoRA                                  0.451 +- 0.059
+    sequential adapter, ffn (Pfeiffer)    0.418 +- 0.023
+    MAM                                   0.410 +- 0.040
+    sequential, twice (Houlsby)           0.393 +- 0.015
+    BitFit                                0.369 +- 0.027
+    head alone                            0.359 +- 0.022
+    prefix                                0.348 +- 0.007
+
+So small an encoder, trained for 500 steps, has little to hand over (0.45 to 0.48 of the sources'
+eight classes): a new network is as good as fine-tuning it, and what is frozen costs 13 points or
+more. Among the methods parallel is ahead of sequential in every seed (by 0.008, 0.006 and 0.088),
+and prefixes add nothing to a head.
 
 * ``sentences``: a small encoder learns four sets of sentences (MR, CR, MPQA, Subj) with one
   classifier of their eight classes, then each method learns TREC's six types of question, with a
