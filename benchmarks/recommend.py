@@ -17,34 +17,16 @@ Every row is a process of its own. Times are medians after two calls that warm u
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from meter import median, peak
 
 FEATURES, LENGTH, MASKS, SEEN = 64, 50, 10, 100
 SECTIONS = ("training", "ranking", "million")
-
-
-def peak() -> float:
-    """MiB of this process at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def median(step: Callable[[], Any], budget: float) -> float:
-    """Seconds of a call, after two that warm up."""
-    for _ in range(2):
-        step()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < budget and len(times) < 50):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
 
 
 def data(options: argparse.Namespace) -> dict[str, np.ndarray]:
