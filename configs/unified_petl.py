@@ -42,8 +42,8 @@ A scale of 4 is mostly another learning rate, on validation sentences: s=1 gives
 tried. Warm-up and initial scale of the pretraining were chosen by the gaps filled; nothing else was
 tuned.
 
-``sentences`` and ``multi30k`` make the same comparison on real text under TRANSFER_JAX_DATA. BLEU of
-``multi30k`` on test_2016, seed 0 ALONE, seven minutes on one core: full fine-tuning 13.1, scaled
+``sentences`` and ``multi30k`` make the same comparison on real text under TRANSFER_JAX_DATA. BLEU
+of ``multi30k`` on test_2016, seed 0 ALONE, seven minutes on one core: full fine-tuning 13.1, scaled
 parallel 8.5, sequential adapter 7.7, MAM 7.3, LoRA at the FFN 7.1, a new network 5.6, prefix 2.7,
 BitFit 2.4. Here pretraining does help, and parallel is ahead of sequential; after 200 steps all are
 far from what training to the end gives. TREC's test accuracy of ``sentences``, mean and standard
