@@ -79,8 +79,8 @@ def dots(fn, *args):
 def test_the_network_is_passed_once_and_never_backwards(depth):
     frozen = objective(depth, shapes(depth))
     params = jax.eval_shape(frozen.init, jax.random.key(0), SHAPES).params
-    states = jax.eval_shape(frozen.features, SHAPES)
-    forward = dots(lambda o, b: o.features(b), frozen, SHAPES)
+    states = jax.eval_shape(frozen.batch, SHAPES)
+    forward = dots(lambda o, b: o.batch(b), frozen, SHAPES)
     side = dots(gradient, frozen.inner, params, states)
     assert forward == 1 + 8 * depth  # patches; four projections, two products, two of the MLP
     assert dots(gradient, frozen, params, SHAPES) == forward + side
@@ -121,7 +121,7 @@ def test_the_network_has_no_gradient_and_is_not_trained(real):
 
     grads = jax.jit(jax.grad(loss))(frozen.variables)
     assert not any(g.any() for g in jax.tree.leaves(grads))
-    inner = jax.eval_shape(frozen.inner.init, jax.random.key(0), frozen.features(batch))
+    inner = jax.eval_shape(frozen.inner.init, jax.random.key(0), frozen.batch(batch))
     assert jax.tree.structure(inner.params) == jax.tree.structure(variables.params)
 
 
@@ -180,7 +180,7 @@ def test_statistics_of_the_network_stay_while_the_reader_trains():
     _, aux = loss(frozen, variables, batch, jax.random.key(3))
     assert not jax.tree.leaves(aux.state) and not jax.tree.leaves(variables.state)
     expected = Stages().apply({**collections}, batch["inputs"])
-    for a, b in zip(frozen.features(batch)["inputs"], expected):
+    for a, b in zip(frozen.batch(batch)["inputs"], expected):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     # The reader's dropout is on in training.
     again = loss(frozen, variables, batch, jax.random.key(4))[1].outputs
@@ -188,4 +188,4 @@ def test_statistics_of_the_network_stay_while_the_reader_trains():
     with pytest.raises(ValueError, match="only states of one shape"):
         cache_features(frozen, [batch])
     with pytest.raises(ValueError, match=r"reads batch..inputs.."):
-        frozen.features({"labels": batch["labels"]})
+        frozen.batch({"labels": batch["labels"]})

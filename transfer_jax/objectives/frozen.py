@@ -39,7 +39,7 @@ class Frozen(MappedBatch):
     key: str = flax.struct.field(pytree_node=False, default="inputs")
     lengths: str = flax.struct.field(pytree_node=False, default="lengths")
 
-    def features(self, batch: Batch) -> Batch:
+    def batch(self, batch: Batch) -> Batch:
         """Returns the batch with the module's outputs in place of its inputs."""
         if self.key not in batch:
             raise ValueError(f"Frozen reads batch[{self.key!r}]; the batch has {sorted(batch)}.")
@@ -49,9 +49,6 @@ class Frozen(MappedBatch):
         collections = jax.lax.stop_gradient(collections)
         outputs = self.module.apply(collections, batch[self.key], method=self.method, **given)
         return {**batch, self.key: jax.lax.stop_gradient(outputs)}
-
-    def batch(self, batch: Batch) -> Batch:
-        return self.features(batch)
 
 
 def cache_features(
@@ -64,7 +61,7 @@ def cache_features(
     on the inputs, without the network.
 
     Args:
-      objective: whose ``features`` are kept.
+      objective: whose ``batch`` is kept.
       batches: one pass, such as ``experiment.batches(pipeline)``; rows of ``mask`` 0 are left out.
       dtype: to store the features in, such as ``jnp.bfloat16``; None = as computed.
       file: to keep the features in, memory-mapped; None = in memory.
@@ -76,7 +73,7 @@ def cache_features(
     Raises:
       ValueError: there are no examples, or states of several shapes.
     """
-    compute = jax.jit(lambda o, batch: o.features(batch))
+    compute = jax.jit(lambda o, batch: o.batch(batch))
     parts: dict[str, list[np.ndarray]] = {}
     count, row, stored = 0, (), np.dtype(np.float32)
     with open(os.devnull if file is None else file, "wb") as out:

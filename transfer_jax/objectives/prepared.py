@@ -51,16 +51,19 @@ class Generated(MappedBatch):
         pytree_node=False, default=None
     )
 
+    def key(self, index: Array) -> Array:
+        """Returns the key that ``generate`` is given for an example."""
+        return jax.random.fold_in(jax.random.key(self.seed), index)
+
     def batch(self, batch: Batch) -> Batch:
         if "index" not in batch:
             raise ValueError(
-                f"Generated reads the numbers of the examples in batch['index'] (IndexSource); "
-                f"the batch has {sorted(batch)}."
+                f"{type(self).__name__} reads the numbers of the examples in batch['index'] "
+                f"(IndexSource); the batch has {sorted(batch)}."
             )
-        root = jax.random.key(self.seed)
 
         def example(index: Array) -> dict[str, Any]:
-            return dict(self.generate(jax.random.fold_in(root, index), self.settings))
+            return dict(self.generate(self.key(index), self.settings))
 
         rest = {name: value for name, value in batch.items() if name != "index"}
         return {**rest, **jax.vmap(example)(batch["index"])}

@@ -267,20 +267,11 @@ class Prompts(Generated):
 
     share: int = flax.struct.field(pytree_node=False, default=1)
 
-    def batch(self, batch: Batch) -> Batch:
-        if "index" not in batch:
-            raise ValueError(
-                f"prompts are drawn from batch['index'] (IndexSource); there is {sorted(batch)}."
-            )
+    def key(self, index: Array) -> Array:
+        """The keys [2] of a prompt."""
         functions, rest = jax.random.split(jax.random.key(self.seed))
-
-        def prompt(index: Array) -> dict[str, Array]:
-            function = jax.random.fold_in(functions, index // self.share)
-            keys = jnp.stack([function, jax.random.fold_in(rest, index)])
-            return self.generate(keys, self.settings)
-
-        kept = {name: value for name, value in batch.items() if name != "index"}
-        return {**kept, **jax.vmap(prompt)(batch["index"])}
+        function = jax.random.fold_in(functions, index // self.share)
+        return jnp.stack([function, jax.random.fold_in(rest, index)])
 
 
 def function_class(config: Any) -> FunctionClass:
