@@ -14,6 +14,7 @@ steps that warm up, without dropout, all in float32.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from meter import median, peak, resident
+from meter import median, peak, resident, training_step
 
 METHODS = ("full", "lora", "mam", "unipt")
 VOCABULARY, CLASSES = 30_522, 2
@@ -72,33 +73,8 @@ def ours_training(method: str, options: argparse.Namespace) -> dict[str, float]:
     objective = objective.release()
     del params, start
     tx = optax.adamw(1e-4)
-    state = (variables, tx.init(variables.params))
-
-    def update(objective, state, batch, key):
-        variables, moments = state
-
-        def loss(params):
-            return objective.loss(variables._replace(params=params), batch, key)[0]
-
-        value, gradient = jax.value_and_grad(loss)(variables.params)
-        updates, moments = tx.update(gradient, moments, variables.params)
-        params = optax.apply_updates(variables.params, updates)
-        return (variables._replace(params=params), moments), value
-
-    compiled = (
-        jax.jit(update, donate_argnums=1)
-        .lower(objective, state, batch, jax.random.key(0))
-        .compile()
-    )
-
-    def step() -> None:
-        nonlocal state
-        state, value = compiled(objective, state, batch, jax.random.key(0))
-        value.block_until_ready()
-
-    taken = median(step, options.budget)
-    temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
-    return {"seconds": taken, "memory": peak() - before, "temporaries": temporaries}
+    result = training_step(objective, variables, tx, itertools.repeat(batch), options.budget)
+    return {**result, "memory": peak() - before}
 
 
 def _states(module: Any, inputs: Any) -> Any:

@@ -17,6 +17,7 @@ steps that warm up, without dropout, all in float32.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from meter import median, peak, resident
+from meter import median, peak, resident, training_step
 
 LSTM_CELLS = {"lstm": "LSTM", "gru": "GRU", "elman": "RNN"}
 LSTM_BATCH, LSTM_LENGTH, LSTM_WIDTH = 64, 100, 256
@@ -106,34 +107,9 @@ def ours_icl(size: str, options: argparse.Namespace) -> dict[str, float]:
     numbers = np.arange(ICL_BATCH, dtype=np.int32)
     variables = jax.jit(lambda o, b: o.init(jax.random.key(0), b))(objective, {"index": numbers})
     tx = optax.adamw(1e-4, weight_decay=0.01)
-    state = (variables, tx.init(variables.params))
-
-    def update(objective, state, batch, key):
-        variables, moments = state
-
-        def loss(params):
-            return objective.loss(variables._replace(params=params), batch, key)[0]
-
-        value, gradient = jax.value_and_grad(loss)(variables.params)
-        updates, moments = tx.update(gradient, moments, variables.params)
-        params = optax.apply_updates(variables.params, updates)
-        return (variables._replace(params=params), moments), value
-
-    compiled = (
-        jax.jit(update, donate_argnums=1)
-        .lower(objective, state, {"index": numbers}, jax.random.key(0))
-        .compile()
-    )
-
-    def step() -> None:
-        nonlocal state, numbers
-        state, value = compiled(objective, state, {"index": numbers}, jax.random.key(0))
-        value.block_until_ready()
-        numbers = numbers + ICL_BATCH
-
-    taken = median(step, options.budget)
-    temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
-    return {"seconds": taken, "memory": peak() - before, "temporaries": temporaries}
+    batches = ({"index": numbers + i * ICL_BATCH} for i in itertools.count())
+    result = training_step(objective, variables, tx, batches, options.budget)
+    return {**result, "memory": peak() - before}
 
 
 def theirs_icl(size: str, options: argparse.Namespace) -> dict[str, float]:
