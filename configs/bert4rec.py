@@ -170,8 +170,12 @@ def get_config(variant: str = "generated") -> ml_collections.ConfigDict:
     elif variant == "scientific":
         config.train.steps = 1000
     elif variant == "ml100k":
-        config.model.length = 50
-        config.cloze.update({"share": 0.2, "maximum": 10})
+        config.models = ("bert4rec", "sasrec_ce", "gru4rec")
+        config.cloze.update({"share": 0.2, "maximum": 4})
+        config.train = fit_config(
+            steps=8000, optimizer={**optimizer, "schedule": "constant"}, log_every=50,
+            eval_every=250, checkpoint_every=250, patience=6, **selection,
+        )  # fmt: skip
     elif variant in PUBLISHED:
         _published(config, variant)
     return config
