@@ -76,6 +76,37 @@ def windows(
     return ArraySource({"inputs": inputs, "user": users})
 
 
+def prefixes(sequences: Sequences, length: int, *, side: str = "right") -> ArraySource:
+    """Every item but each user's first, with what came before it: m - 1 examples of m items.
+
+    Args:
+      sequences: of every user, what is trained on.
+      length: N, the newest items that are kept of a history.
+      side: where histories are aligned, ``left`` or ``right``; the rest is 0.
+
+    Returns:
+      Examples ``{"inputs": int32 [N], "labels": int32, "user": int32, "prefix": int32}``, those of
+      a user together and in order of time; ``prefix`` numbers the M examples.
+
+    Raises:
+      ValueError: an unknown side, or nobody has two items.
+    """
+    users = np.repeat(np.arange(len(sequences)), sequences.lengths)
+    first = sequences.offsets[:-1][users]
+    target = np.flatnonzero(np.arange(len(users)) > first)
+    if not len(target):
+        raise ValueError("no sequence has 2 items: there is nothing to train on.")
+    begin = np.maximum(first[target], target - length)
+    return ArraySource(
+        {
+            "inputs": _rows(sequences.items, begin, target, length, side),
+            "labels": sequences.items[target].astype(np.int32),
+            "user": users[target].astype(np.int32),
+            "prefix": np.arange(len(target), dtype=np.int32),
+        }
+    )
+
+
 def _rows(
     items: np.ndarray, begin: np.ndarray, end: np.ndarray, length: int, side: str
 ) -> np.ndarray:

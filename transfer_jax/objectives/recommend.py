@@ -364,6 +364,23 @@ class Cloze(Recommendation):
         return objective.value(), Aux(variables.state, {"nll": tokens}, objective.weight)
 
 
+class NextOfPrefix(Recommendation):
+    """Predict the one item that follows a history, by a softmax over all items.
+
+    Batches have ``inputs`` int [B, N] and ``labels`` int [B], see ``data.recommend.prefixes``. The
+    prediction is read at the history's last item, so that any encoder will do, also one that sees
+    both sides. Metric of training: ``nll``.
+    """
+
+    def training(self, variables: Variables, batch: Batch, rng: Array) -> tuple[Array, Aux]:
+        inputs, labels = batch["inputs"], batch["labels"]
+        where = last_position(inputs)[:, None]
+        queries = self.queries(variables, inputs, where, rng)[:, 0]
+        values = item_cross_entropy(queries, *self.output(variables), labels, block=self.block)
+        nll = Mean.of(values, example_mask(batch, len(labels)))
+        return nll.value(), Aux(variables.state, {"nll": nll}, nll.weight)
+
+
 class NextItem(Recommendation):
     """Predict every item of a window from those before it; the module must be causal.
 
