@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transfer_jax.interop.family import Family, unsupported
-from transfer_jax.interop.layouts import SAME, Tensor, dense, embedding, norm
+from transfer_jax.interop.layouts import SAME, Tensor, attention, dense, embedding, norm
 from transfer_jax.models.ttm import TTM, TTMConfig, level_factors
 
 # Their name of each of our settings that is read and written as it is.
@@ -100,7 +100,7 @@ def _config(module: TTM) -> dict[str, Any]:
     }
 
 
-def _mixing(theirs: str, ours: str, gated: bool, attention: bool = False) -> list[Tensor]:
+def _mixing(theirs: str, ours: str, gated: bool, heads: int = 0) -> list[Tensor]:
     tensors = [
         *norm(f"{theirs}.norm.norm", f"{ours}/norm/norm"),
         *dense(f"{theirs}.mlp.fc1", f"{ours}/up"),
@@ -108,12 +108,10 @@ def _mixing(theirs: str, ours: str, gated: bool, attention: bool = False) -> lis
     ]
     if gated:
         tensors += dense(f"{theirs}.gating_block.attn_layer", f"{ours}/gate/logits")
-    if attention:
-        parts = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out"}
-        for theirs_part, ours_part in parts.items():
-            tensors += dense(
-                f"{theirs}.self_attn_layer.{theirs_part}", f"{ours}/attention/{ours_part}"
-            )
+    if heads:
+        parts = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
+        names = {part: f"{theirs}.self_attn_layer.{name}" for part, name in parts.items()}
+        tensors += attention(names, f"{ours}/attention", heads)
         tensors += norm(f"{theirs}.norm_attn.norm", f"{ours}/attention_norm/norm")
     return tensors
 
@@ -130,9 +128,8 @@ def _mixer(
             if mode == "mix_channel":
                 tensors += _mixing(f"{layer}.channel_feature_mixer", f"{name}_channels", gated)
             if patches * factor > 1:
-                tensors += _mixing(
-                    f"{layer}.patch_mixer", f"{name}_patches", gated, config.self_attn
-                )
+                heads = config.self_attn_heads if config.self_attn else 0
+                tensors += _mixing(f"{layer}.patch_mixer", f"{name}_patches", gated, heads)
             tensors += _mixing(f"{layer}.feature_mixer", f"{name}_features", gated)
     return tensors
 

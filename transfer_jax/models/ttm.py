@@ -18,6 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transfer_jax.nn.attention import Attention
+from transfer_jax.nn.initializers import torch_uniform
+
 Array = jax.Array
 PyTree = Any
 
@@ -219,11 +222,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         size = x.shape[self.axis]
-
-        def uniform(key: Array, shape: tuple[int, ...]) -> Array:
-            bound = 1 / math.sqrt(size)
-            return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
+        uniform = torch_uniform(size)
         kernel = self.param("kernel", uniform, (size, self.features)).astype(self.dtype)
         bias = self.param("bias", uniform, (self.features,)).astype(self.dtype)
         x = jnp.moveaxis(x.astype(self.dtype), self.axis, -1) @ kernel + bias
@@ -257,27 +256,6 @@ class Norm(nn.Module):
         )(x)
 
 
-class PatchAttention(nn.Module):
-    """Multi-head self-attention over the patches of a channel."""
-
-    heads: int
-    dropout: float
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        def split(name: str) -> Array:
-            y = Linear(x.shape[-1], dtype=self.dtype, name=name)(x)
-            return y.reshape(*y.shape[:-1], self.heads, -1)
-
-        query, key, value = split("query"), split("key"), split("value")
-        logits = jnp.einsum("...qhd,...khd->...hqk", query, key) / math.sqrt(query.shape[-1])
-        weights = jax.nn.softmax(logits, axis=-1)
-        weights = nn.Dropout(self.dropout, deterministic=not train)(weights)
-        y = jnp.einsum("...hqk,...khd->...qhd", weights, value).reshape(x.shape)
-        return Linear(x.shape[-1], dtype=self.dtype, name="out")(y)
-
-
 class Mixing(nn.Module):
     """``z + Gate(MLP(Norm(z)))`` along one axis of [B, C, n, d].
 
@@ -306,8 +284,13 @@ class Mixing(nn.Module):
         if c.gated and axis != -3:
             v = Gate(axis, self.dtype, name="gate")(v)
         if attend:
-            heads = PatchAttention(c.self_attn_heads, c.dropout, self.dtype, name="attention")
-            v = Norm(c.norm, self.dtype, name="attention_norm")(v + heads(u, train), train)
+            heads = Attention(
+                z.shape[-1], c.self_attn_heads, dropout=c.dropout, dtype=self.dtype,
+                kernel_init=torch_uniform(z.shape[-1]), name="attention",
+            )  # fmt: skip
+            # The patches of each channel see one another.
+            seen = heads(u.reshape(-1, *u.shape[-2:]), train=train).reshape(u.shape)
+            v = Norm(c.norm, self.dtype, name="attention_norm")(v + seen, train)
         return z + v
 
 

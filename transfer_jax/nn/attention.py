@@ -95,17 +95,27 @@ class Attention(nn.Module):
     def setup(self):
         if self.head_dim is None and self.features % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide features={self.features}")
-        head = (self.num_heads, self.head_dim or self.features // self.num_heads)
-        if self.rotary and head[1] % 2:
-            raise ValueError(f"rotary positions need an even head width, got {head[1]}")
-        options: dict[str, Any] = {"use_bias": self.use_bias, "dtype": self.dtype}
-        options["kernel_init"] = self.kernel_init
-        query_init = self.query_init or self.kernel_init
-        self.query = nn.DenseGeneral(head, **{**options, "kernel_init": query_init})
-        self.key = nn.DenseGeneral(head, **options)
-        self.value = nn.DenseGeneral(head, **options)
-        self.out = nn.DenseGeneral(self.features, axis=(-2, -1), **options)
+        if self.rotary and self._head[1] % 2:
+            raise ValueError(f"rotary positions need an even head width, got {self._head[1]}")
+        self.query, self.key, self.value = self._projections()
+        self.out = self._dense(self.features, axis=(-2, -1))
         self.drop = nn.Dropout(self.dropout)
+
+    @property
+    def _head(self) -> tuple[int, int]:
+        """How many heads, and their width."""
+        return self.num_heads, self.head_dim or self.features // self.num_heads
+
+    @nn.nowrap
+    def _dense(self, features: Any, **options: Any) -> nn.DenseGeneral:
+        fields = {"use_bias": self.use_bias, "dtype": self.dtype, "kernel_init": self.kernel_init}
+        return nn.DenseGeneral(features, **{**fields, **options})
+
+    @nn.nowrap
+    def _projections(self) -> tuple[nn.DenseGeneral, nn.DenseGeneral, nn.DenseGeneral]:
+        """New layers for queries, keys and values."""
+        query = self._dense(self._head, kernel_init=self.query_init or self.kernel_init)
+        return query, self._dense(self._head), self._dense(self._head)
 
     def _project(self, inputs: Array, context: Array, start: Array | int) -> tuple[Array, ...]:
         query, (key, value) = self.query(inputs), self.project(context)

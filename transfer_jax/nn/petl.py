@@ -37,6 +37,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from transfer_jax import trees
+from transfer_jax.nn.initializers import torch_uniform
 from transfer_jax.nn.transformer import TransformerLayer, TransformerStack
 
 Array = jax.Array
@@ -179,7 +180,7 @@ class Delta:
         def draw(key: Array, shape: tuple[int, ...], fan_in: int, *, last: bool) -> Array:
             if self.init == "bert":
                 return 0.02 * jax.random.normal(key, shape)
-            return jnp.zeros(shape) if last else _uniform(key, shape, fan_in)
+            return jnp.zeros(shape) if last else torch_uniform(fan_in)(key, shape)
 
         r, fan_in = self.bottleneck, math.prod(site.inputs)
         shape: tuple[int, ...]
@@ -567,12 +568,12 @@ def _draw_mlp(part: Delta, key: Array, site: Site, layers: int) -> PyTree:
     return {
         "embedding": jax.random.normal(keys[0], (part.bottleneck, d)),
         "hidden": {
-            "kernel": _uniform(keys[1], (d, hidden), d),
-            "bias": _uniform(keys[2], (hidden,), d),
+            "kernel": torch_uniform(d)(keys[1], (d, hidden)),
+            "bias": torch_uniform(d)(keys[2], (hidden,)),
         },
         "output": {
-            "kernel": _uniform(keys[3], (hidden, *outputs), hidden),
-            "bias": _uniform(keys[4], outputs, hidden),
+            "kernel": torch_uniform(hidden)(keys[3], (hidden, *outputs)),
+            "bias": torch_uniform(hidden)(keys[4], outputs),
         },
     }
 
@@ -1043,12 +1044,6 @@ def _layer_norm(x: Array, params: PyTree) -> Array:
     variance = jnp.square(wide - mean).mean(axes, keepdims=True)
     normed = (wide - mean) * jax.lax.rsqrt(variance + NORM_EPSILON)
     return (normed * params["scale"] + params["bias"]).astype(x.dtype)
-
-
-def _uniform(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
-    """Kaiming's with a = sqrt(5), as PyTorch draws linear layers: in +-1 / sqrt(fan_in)."""
-    bound = 1 / math.sqrt(fan_in)
-    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
 def put(tree: dict[str, Any], path: str, value: PyTree) -> None:

@@ -1,8 +1,5 @@
 """Attention within a window, and of a few global tokens: linear in the length (Longformer)."""
 
-from typing import Any
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -36,12 +33,7 @@ class SlidingAttention(Attention):
                 f"more on either side: causal={self.causal}, rotary={self.rotary}, "
                 f"window={self.window}"
             )
-        head = (self.num_heads, self.head_dim or self.features // self.num_heads)
-        options: dict[str, Any] = {"use_bias": self.use_bias, "dtype": self.dtype}
-        query_init = self.query_init or self.kernel_init
-        self.query_global = nn.DenseGeneral(head, kernel_init=query_init, **options)
-        self.key_global = nn.DenseGeneral(head, kernel_init=self.kernel_init, **options)
-        self.value_global = nn.DenseGeneral(head, kernel_init=self.kernel_init, **options)
+        self.query_global, self.key_global, self.value_global = self._projections()
 
     def __call__(
         self,

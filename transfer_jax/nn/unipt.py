@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from transfer_jax.nn.initializers import torch_uniform
 from transfer_jax.nn.recurrent import GRU
 from transfer_jax.nn.transformer import TransformerConfig, TransformerLayer
 
@@ -215,26 +216,13 @@ def pool_to_anchor(stage: Array, anchor: Array) -> Array:
     return jnp.einsum("bhiwj,bhiwjc->bhwc", weights, blocks)
 
 
-def _bias_init(fan_in: int) -> Any:
-    bound = fan_in**-0.5
-
-    def init(key: Array, shape: Any, dtype: Any = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
-
-
 def linear(
     fan_in: int, features: int, *, name: str, init: str = "torch", dtype: Any = None
 ) -> nn.Dense:
     """A dense layer for inputs of width ``fan_in``, initialised as PyTorch does, or by Xavier."""
-    if init == "xavier":
-        kernel_init: Any = nn.initializers.xavier_uniform()
-    else:  # +- 1 / sqrt(fan_in)
-        kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-    return nn.Dense(
-        features, dtype=dtype, kernel_init=kernel_init, bias_init=_bias_init(fan_in), name=name
-    )
+    uniform = torch_uniform(fan_in)
+    kernel_init = nn.initializers.xavier_uniform() if init == "xavier" else uniform
+    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, bias_init=uniform, name=name)
 
 
 def split_states(inputs: States) -> list[Array]:

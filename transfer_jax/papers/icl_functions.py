@@ -33,6 +33,7 @@ from transfer_jax.data.function_classes import Curriculum, FunctionClass, settin
 from transfer_jax.data.pipeline import Pipeline
 from transfer_jax.data.sources import IndexSource
 from transfer_jax.models import SequenceModel, gpt2_stack
+from transfer_jax.nn.initializers import torch_uniform
 from transfer_jax.nn.transformer import TransformerConfig, TransformerStack
 from transfer_jax.objectives import (
     Aux,
@@ -83,11 +84,7 @@ def prompt_stack(size: str, **fields: Any) -> TransformerConfig:
 
 def _torch_linear(features: int, fan_in: int, name: str, dtype: Any) -> nn.Dense:
     """A layer that begins as PyTorch's do: weights and biases in +- 1 / sqrt(fan_in)."""
-    bound = fan_in**-0.5
-
-    def uniform(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
+    uniform = torch_uniform(fan_in)
     return nn.Dense(features, kernel_init=uniform, bias_init=uniform, dtype=dtype, name=name)
 
 
