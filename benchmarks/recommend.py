@@ -201,6 +201,7 @@ def fit_ours(name: str, options: argparse.Namespace) -> dict[str, float]:
             {"steps": every * options.epochs, "eval_every": every, "log_every": every // 2,
              "checkpoint_every": every, "patience": 0}
         )  # fmt: skip
+        config.train.optimizer.schedule = "linear"
 
     def data(part: str) -> Any:
         return bert4rec.evaluation_data(config, objective, split, part, seen=False)
