@@ -1,0 +1,110 @@
+"""SRA-CL (2025): contrastive terms from retrieved text for sequential recommenders.
+
+``--config.models="('no_cl','full','duorec')"`` chooses what is trained (for the names see
+``transfer_jax/papers/sra_cl.py``), ``--config.backbone`` on what: ``sasrec_ce``, ``gru4rec`` or
+``bert4rec``.
+"""
+
+import ml_collections
+
+from transfer_jax.training import base_config, fit_config
+
+VARIANTS = {
+    "generated": "made-up users and item texts, three models; minutes on two cores",
+    "scientific": "Amazon Scientific, a part, with CLIP's text features (needs TRANSFER_JAX_DATA)",
+    "office": "Amazon Office 5-core, the backbone alone (needs TRANSFER_JAX_DATA)",
+    "yelp": "as published; pairs and vectors of your own, --config.data.options.path=FILE "
+    "--config.vectors.path=FILE",
+    "sports": "as published, see yelp",
+    "beauty": "as published, see yelp",
+    "office_text": "as published, see yelp",
+}
+
+# Log, its options, items, training prefixes.
+LOGS = {
+    "generated": ("generated", {"seed": 0, "users": 600, "items": 200, "length": 8}, 200, 3_000),
+    "scientific": ("amazon_scientific_small", {}, 1_585, 10_928),
+    "office": ("amazon_office_5core", {}, 2_420, 38_543),
+    "yelp": ("pairs_file", {"path": "data/Yelp.txt"}, 14_587, 148_144),
+    "sports": ("pairs_file", {"path": "data/Sports.txt"}, 18_357, 189_543),
+    "beauty": ("pairs_file", {"path": "data/Beauty.txt"}, 12_101, 131_413),
+    "office_text": ("pairs_file", {"path": "data/Office.txt"}, 2_420, 38_543),
+}
+# dtype is that of the table of histories.
+VECTORS = {
+    "users_path": "", "first": 1, "centre": True, "decay": 0.8, "dtype": "float32", "key": "",
+    "path": "", "name": "", "options": {},
+}  # fmt: skip
+
+
+def get_config(variant: str = "generated") -> ml_collections.ConfigDict:
+    config = base_config("sra_cl")
+    log, options, items, prefixes = LOGS[variant]
+    # expected_… are for plans; a run counts what its log has.
+    config.data = ml_collections.ConfigDict(
+        {
+            "name": log, "options": options, "expected_items": items,
+            "expected_prefixes": prefixes,
+        }
+    )  # fmt: skip
+    config.models = ("no_cl", "full", "random_retrieval")
+    config.baselines = ("pop", "markov1", "item_knn")
+    config.backbone = "sasrec_ce"
+    config.model = ml_collections.ConfigDict(
+        {
+            "length": 20, "features": 64, "num_layers": 2, "num_heads": 2, "hidden": 256,
+            "dropout": 0.5, "attention_dropout": 0.5, "alignment": "right", "round_rows_to": 8,
+            "dtype": "",
+        }
+    )  # fmt: skip
+    config.cl = ml_collections.ConfigDict(
+        {
+            "inter": "synth", "intra": "semantic_sub", "alpha": 0.1, "beta": 0.1, "k": 10,
+            "source": "semantic", "rate": 0.2, "temperature": 1.0, "similarity": "dot",
+            "form": "ntxent", "synthesis_dropout": 0.5, "allow_padding": False,
+            "allow_same_user": False,
+        }
+    )  # fmt: skip
+    # kind: "texts" (TF-IDF of the texts called name), "clip" (of the data set called name), "file"
+    # (path: one row per item, that of item ``first`` first; users_path: one row per prefix) or
+    # "none".
+    vectors = {**VECTORS, "kind": "file", "path": "data/vectors.npz", "key": "items", "dim": 1024}
+    config.batch_size, config.evaluation_batch_size = 256, 256
+    config.block = 0
+    config.few = 5  # users with fewer training items are reported apart
+    config.ks, config.shown, config.ties = (5, 10, 20), (10, 20), "worst"
+    config.sharding.rules = ((r"(^|/)items/embedding$", ("model",)),)
+    optimizer = {"name": "adam", "learning_rate": 1e-3}
+    selection = {"monitor": "validation/mrr", "select_best": True}
+    every = {"log_every": 50, "eval_every": 100, "checkpoint_every": 100}
+    config.train = fit_config(steps=1000, optimizer=optimizer, **every, **selection)
+
+    if variant == "generated":
+        texts = {"name": "generated", "options": {"seed": 0, "items": 200}}
+        vectors = {**VECTORS, "kind": "texts", **texts, "dim": 32}
+        config.model.update({"length": 10, "features": 32, "num_heads": 1, "hidden": 64})
+        config.model.update({"dropout": 0.2, "attention_dropout": 0.2})
+        config.cl.k = 5
+        config.batch_size = 64
+        config.train.steps = 600
+        config.train.optimizer.learning_rate = 3e-3
+    elif variant == "scientific":
+        vectors = {**VECTORS, "kind": "clip", "name": log, "key": "text", "dim": 512}
+        config.model.length = 10
+        config.cl.k = 5
+        config.batch_size = 64
+        config.train.update({"steps": 1200, "checkpoint_every": 400})
+    elif variant == "office":
+        vectors = {**VECTORS, "kind": "none", "dim": 64}
+        config.models = ("no_cl",)
+        config.train.update({"steps": 3000, "eval_every": 150, "checkpoint_every": 150})
+    else:
+        vectors.update({"centre": False, "dtype": "float16"})
+        config.models = ("no_cl", "full")
+        epoch = -(-prefixes // config.batch_size)
+        config.train = fit_config(
+            steps=100 * epoch, log_every=100, eval_every=epoch, checkpoint_every=epoch,
+            patience=10, optimizer=optimizer, **selection,
+        )  # fmt: skip
+    config.vectors = ml_collections.ConfigDict(vectors)
+    return config
