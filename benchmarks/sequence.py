@@ -21,7 +21,7 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -222,52 +222,52 @@ def measure(row: str, what: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def compare(title: str, row: str, kinds: Iterable[str], shown: Callable[[float], str]) -> None:
+    """Prints ours beside theirs.
+
+    Args:
+      title: of the table.
+      row: without ``ours-`` and ``theirs-``.
+      kinds: what to measure.
+      shown: a number of seconds, as the table has it.
+    """
+    print(f"\n{title}")
+    columns = ("ours", "theirs", "ratio", "MiB ours", "MiB theirs", "XLA temporaries")
+    print(f"  {'':8}" + "".join(f"{name:>{max(10, len(name) + 2)}}" for name in columns))
+    for kind in kinds:
+        ours, theirs = (measure(f"{who}-{row}", kind) for who in ("ours", "theirs"))
+        ratio = theirs["seconds"] / ours["seconds"]
+        temporaries = f"{ours['temporaries']:17.0f}" if "temporaries" in ours else ""
+        print(
+            f"  {kind:8}{shown(ours['seconds']):>10}{shown(theirs['seconds']):>10}{ratio:9.2f}x"
+            f"{ours['memory']:10.0f}{theirs['memory']:12.0f}{temporaries}",
+            flush=True,
+        )
+
+
 def lstm() -> None:
     """Training steps of one recurrent layer."""
     size = f"{LSTM_BATCH} x {LSTM_LENGTH} steps, {LSTM_WIDTH} cells"
-    print(f"\nOne recurrent layer, a training step in ms; {size}")
-    print(f"  {'':8}{'ours':>10}{'theirs':>10}{'ratio':>10}{'MiB ours':>12}{'MiB theirs':>12}"
-          f"{'XLA temporaries':>18}")  # fmt: skip
-    for cell in LSTM_CELLS:
-        ours, theirs = (measure(f"{who}-lstm", cell) for who in ("ours", "theirs"))
-        print(
-            f"  {cell:8}{1e3 * ours['seconds']:10.1f}{1e3 * theirs['seconds']:10.1f}"
-            f"{theirs['seconds'] / ours['seconds']:8.2f} x{ours['memory']:12.0f}"
-            f"{theirs['memory']:12.0f}{ours['temporaries']:18.0f}",
-            flush=True,
-        )
+    title = f"One recurrent layer, a training step in ms; {size}"
+    compare(title, "lstm", LSTM_CELLS, lambda seconds: f"{1e3 * seconds:.1f}")
 
 
 def icl() -> None:
     """Training steps per second of in-context learners."""
-    print(f"\nIn-context learning, steps/s; {ICL_POINTS} points, d = {ICL_DIMS}, batch {ICL_BATCH}")
-    print(f"  {'':8}{'ours':>10}{'theirs':>10}{'ratio':>10}{'MiB ours':>12}{'MiB theirs':>12}"
-          f"{'XLA temporaries':>18}")  # fmt: skip
-    for size in ICL_SIZES:
-        ours, theirs = (measure(f"{who}-icl", size) for who in ("ours", "theirs"))
-        print(
-            f"  {size:8}{1 / ours['seconds']:10.1f}{1 / theirs['seconds']:10.1f}"
-            f"{theirs['seconds'] / ours['seconds']:8.2f} x{ours['memory']:12.0f}"
-            f"{theirs['memory']:12.0f}{ours['temporaries']:18.0f}",
-            flush=True,
-        )
+    size = f"{ICL_POINTS} points, d = {ICL_DIMS}, batch {ICL_BATCH}"
+    title = f"In-context learning, steps/s; {size}"
+    compare(title, "icl", ICL_SIZES, lambda seconds: f"{1 / seconds:.1f}")
 
 
 def ttm() -> None:
     """Forecasts per second of Tiny Time Mixers."""
-    print(f"\nTiny Time Mixers, windows/s; 512 steps to 96, batch {TTM_BATCH}")
-    print(f"  {'':8}{'ours':>10}{'theirs':>10}{'ratio':>10}{'MiB ours':>12}{'MiB theirs':>12}")
-    for kind in ("flat", "ttm-b"):
-        if kind == "ttm-b" and importlib.util.find_spec("tsfm_public") is None:
-            print(f"  {kind:8}granite-tsfm is not installed")
-            continue
-        ours, theirs = (measure(f"{who}-ttm", kind) for who in ("ours", "theirs"))
-        print(
-            f"  {kind:8}{TTM_BATCH / ours['seconds']:10.0f}{TTM_BATCH / theirs['seconds']:10.0f}"
-            f"{theirs['seconds'] / ours['seconds']:8.2f} x{ours['memory']:12.0f}"
-            f"{theirs['memory']:12.0f}",
-            flush=True,
-        )
+    title = f"Tiny Time Mixers, windows/s; 512 steps to 96, batch {TTM_BATCH}"
+    kinds = ["flat"]
+    if importlib.util.find_spec("tsfm_public") is None:
+        title += " (granite-tsfm is not installed)"
+    else:
+        kinds.append("ttm-b")
+    compare(title, "ttm", kinds, lambda seconds: f"{TTM_BATCH / seconds:.0f}")
 
 
 SECTIONS = {"lstm": lstm, "icl": icl, "ttm": ttm}

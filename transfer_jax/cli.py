@@ -138,9 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "recommend":
         return _recommend(options)
     if options.command == "forecast":
-        from transfer_jax import forecast as forecasting
-
-        return forecasting.main(options, _guarded)
+        return _forecast(options)
     return run_experiment(options, overrides, ["transfer-jax", "run"])
 
 
@@ -628,25 +626,43 @@ def _report(workdir: Path) -> int:
 # -- merge ----------------------------------------------------------------------------------------
 
 
-def _merge(options: argparse.Namespace) -> int:
-    planned: list[Any] = []
+def _planned(
+    options: argparse.Namespace, plan: Callable[[], Any], carry_out: Callable[[Any], None]
+) -> int:
+    """Makes a plan, prints it and, unless this is a dry run, carries it out.
 
-    def plan() -> int:
-        from transfer_jax.trees import files, streaming
+    What keeps a plan from being made is how the command was used.
+    """
+    made: list[Any] = []
 
-        size = streaming.parse_size(options.max_shard_size)
-        files.check_new(options.out)
-        planned.extend([streaming.plan_merge(_merge_recipe(options)), size])
+    def make() -> int:
+        made.append(plan())
         return OK
 
-    code = _guarded(options.debug, plan, failed=USAGE)
-    if code != OK:
+    def run() -> int:
+        carry_out(made[0])
+        return OK
+
+    if code := _guarded(options.debug, make, failed=USAGE):
         return code
-    print(planned[0].describe(), flush=True)
+    print(made[0].describe(), flush=True)
     if options.dry_run:
         print(f"out: {options.out}\ndry run: nothing was computed or written")
         return OK
-    return _guarded(options.debug, lambda: _write_merge(planned[0], planned[1], options.out))
+    return _guarded(options.debug, run)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    def plan() -> Any:
+        from transfer_jax.trees import files, streaming
+
+        streaming.parse_size(options.max_shard_size)
+        files.check_new(options.out)
+        return streaming.plan_merge(_merge_recipe(options))
+
+    return _planned(
+        options, plan, lambda plan: _write_merge(plan, options.max_shard_size, options.out)
+    )
 
 
 def _merge_recipe(options: argparse.Namespace) -> Any:
@@ -677,7 +693,7 @@ def _merge_recipe(options: argparse.Namespace) -> Any:
     )
 
 
-def _write_merge(plan: Any, max_shard_size: int, out: Path) -> int:
+def _write_merge(plan: Any, max_shard_size: str, out: Path) -> None:
     import resource
 
     from transfer_jax.training.progress import Progress
@@ -697,7 +713,7 @@ def _write_merge(plan: Any, max_shard_size: int, out: Path) -> int:
 
     try:
         written = streaming.write_merge(
-            plan, out, max_shard_size=max_shard_size, report=report,
+            plan, out, max_shard_size=streaming.parse_size(max_shard_size), report=report,
             note=f"Made by `transfer-jax merge`, version {transfer_jax.__version__}.",
         )  # fmt: skip
     finally:
@@ -709,7 +725,6 @@ def _write_merge(plan: Any, max_shard_size: int, out: Path) -> int:
         "before the merge",
         flush=True,
     )
-    return OK
 
 
 # -- recommend ------------------------------------------------------------------------------------
@@ -718,27 +733,47 @@ def _write_merge(plan: Any, max_shard_size: int, out: Path) -> int:
 def _recommend(options: argparse.Namespace) -> int:
     set_platform(options.platform, options.devices)
 
-    def run() -> int:
+    def plan() -> Any:
         from transfer_jax import recommendation
 
         if not options.out.parent.is_dir():
             raise ConfigError(f"--out={options.out}: there is no directory {options.out.parent}.")
         columns = {"user": options.user, "item": options.item, "time": options.time}
         log = recommendation.read_log(options.interactions, **columns)
-        plan = recommendation.plan(options.workdir, log, options.model)
-        print(plan.describe(), flush=True)
-        if options.dry_run:
-            print(f"out: {options.out}\ndry run: nothing was computed or written")
-            return OK
+        return recommendation.plan(options.workdir, log, options.model)
+
+    def carry_out(plan: Any) -> None:
+        from transfer_jax import recommendation
+
         began = time.monotonic()
         lines = recommendation.export(
             plan, options.out, k=options.k, batch_size=options.batch_size, shards=options.shards,
             keep_seen=options.keep_seen,
         )  # fmt: skip
         print(f"wrote {options.out} ({lines:,} lines) in {time.monotonic() - began:.1f} s")
-        return OK
 
-    return _guarded(options.debug, run)
+    return _planned(options, plan, carry_out)
+
+
+# -- forecast -------------------------------------------------------------------------------------
+
+
+def _forecast(options: argparse.Namespace) -> int:
+    def plan() -> Any:
+        from transfer_jax.forecast import plan_forecast
+
+        return plan_forecast(
+            options.file, options.model, horizon=options.horizon, columns=options.columns or (),
+            time_column=options.time_column, stage=options.stage,
+        )  # fmt: skip
+
+    def carry_out(plan: Any) -> None:
+        from transfer_jax.forecast import run_forecast, write_forecast
+
+        table, plot = write_forecast(plan, run_forecast(plan), options.out)
+        print(f"wrote {table} and {plot}")
+
+    return _planned(options, plan, carry_out)
 
 
 # -- errors ---------------------------------------------------------------------------------------

@@ -253,33 +253,3 @@ def write_forecast(plan: Plan, values: np.ndarray, out: str | Path) -> tuple[Pat
     plot = out.with_suffix(".png")
     figure.savefig(plot, dpi=100)
     return out, plot
-
-
-def main(options: Any, guarded: Callable[..., int]) -> int:
-    """Runs the command for parsed options; see ``transfer_jax.cli``."""
-    plans: list[Plan] = []
-
-    def plan() -> int:
-        plans.append(
-            plan_forecast(
-                options.file, options.model, horizon=options.horizon,
-                columns=options.columns or (), time_column=options.time_column,
-                stage=options.stage,
-            )
-        )  # fmt: skip
-        return 0
-
-    if code := guarded(options.debug, plan, 2):
-        return code
-    print(plans[0].describe(), flush=True)
-    if options.dry_run:
-        print(f"out: {options.out}\ndry run: nothing was computed or written")
-        return 0
-
-    def run() -> int:
-        values = run_forecast(plans[0])
-        table, plot = write_forecast(plans[0], values, options.out)
-        print(f"wrote {table} and {plot}")
-        return 0
-
-    return guarded(options.debug, run)
