@@ -50,6 +50,34 @@ def test_average_ties_are_those_of_scikit_learn():
     np.testing.assert_allclose(ours.mean(), ndcg_score(truth, SCORES, k=10), rtol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_recbole_ranks_the_same(tied, monkeypatch):
+    """Equal where no scores are; where some are, RecBole takes any order of them."""
+    peer = pytest.importorskip("recbole.evaluator.metrics")
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(np, "float", float, raising=False)  # a name that NumPy has given up
+    ks = (1, 5, 10)
+    scores = (
+        SCORES
+        if tied
+        else RNG.permuted(np.tile(np.arange(ITEMS, dtype=np.float32), (USERS, 1)), axis=1)
+    )
+    best = torch.topk(torch.tensor(scores), max(ks)).indices
+    hits = best == torch.tensor(TARGETS)[:, None]
+    data = {"rec.topk": torch.cat([hits.int(), torch.ones(USERS, 1, dtype=torch.int)], dim=1)}
+    where = ranking.ranks(scores, TARGETS)
+    low, high = (
+        {name: float(v.mean()) for name, v in ranking.metrics(where, ks, ties=ties).items()}
+        for ties in ("worst", "best")
+    )
+    config = {"topk": list(ks), "metric_decimal_place": 8}
+    for cls, ours in ((peer.Hit, "hr"), (peer.Recall, "hr"), (peer.NDCG, "ndcg")):
+        for name, value in cls(config).calculate_metric(data).items():
+            key = f"{ours}@{name.split('@')[1]}"
+            assert low[key] - 1e-6 <= value <= high[key] + 1e-6
+            assert tied or abs(low[key] - value) < 1e-6
+
+
 def test_a_constant_score_earns_nothing_and_nan_never_wins():
     where = ranking.ranks(jnp.zeros((USERS, ITEMS)), TARGETS)
     assert float(ranking.metrics(where)["hr@10"].max()) == 0
