@@ -1,18 +1,28 @@
 """Eight virtual CPU devices for every test, and quick compilation, set before jax starts."""
 
+import importlib.metadata
 import os
 import sys
+import tempfile
 
 import pytest
 
+# Most tests compile more than they compute: without LLVM's optimisations, in half the time.
+_FLAGS = {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimization_level": 0}
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 12):
+    # The older of two ways to compile fusions, and the quicker; XLA has but one since then.
+    _FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-for _flag, _value in (
-    ("--xla_force_host_platform_device_count", 8),
-    # Most tests compile more than they compute: without LLVM's optimisations, in half the time.
-    ("--xla_backend_optimization_level", 0),
-):
+for _flag, _value in _FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
+
+# What one file, worker or child process has compiled, the others load, during this session.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.TemporaryDirectory(prefix="compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,11 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
-from tests import toy
+from tests import children, toy
 from transfer_jax.training import FitConfig, base_config, fit, load_variables, writers
 from transfer_jax.training.checkpoint import CheckpointError, Checkpoints, find_damage
 from transfer_jax.training.config import ConfigError
@@ -34,24 +32,6 @@ def lines(workdir):
         {k: v for k, v in record.items() if not k.startswith("time/")}
         for record in read_metrics(workdir / "metrics.jsonl")
     ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _shared_programs(tmp_path_factory):
-    """The same small network is trained many times here: it is compiled once."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -228,8 +208,7 @@ def test_killed_three_times_at_random_moments():
     """``python -m tests.kill_drill --count 20`` is the long form."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.kill_drill", "--count=3", "--steps=6"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        cwd=ROOT, capture_output=True, text=True, check=False, env=children.environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 kills" in done.stdout

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from tests import children
+
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
 
 def run(*command, cwd, **environment):
-    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
+    inherited = children.environment()
+    del inherited["PYTHONPATH"]
     result = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True, check=False,

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests import children
 from transfer_jax import configuration
 from transfer_jax.training import Experiment, load_variables
 from transfer_jax.training.writers import read_metrics
@@ -25,26 +26,14 @@ ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Starts a job; compiled programs are shared between runs."""
-    cache = tmp_path_factory.mktemp("cache")
-
-    def run(workdir, *arguments, pause=0.0):
-        environment = {
-            **os.environ, "PYTHONPATH": str(ROOT), "PAUSE": str(pause),
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # to compile it, faster
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        }  # fmt: skip
-        command = [sys.executable, "-m", "launch.local", "--config=tests/launch/first_stage.py",
-                   f"--workdir={workdir}", "--platform=cpu", *arguments]  # fmt: skip
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-
-    return run
+def start(workdir, *arguments, pause=0.0):
+    """Starts a job."""
+    command = [sys.executable, "-m", "launch.local", "--config=tests/launch/first_stage.py",
+               f"--workdir={workdir}", "--platform=cpu", *arguments]  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=ROOT, env=children.environment(PAUSE=str(pause)), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 def metrics(workdir):
@@ -87,9 +76,7 @@ def run_here(workdir):
     experiment.run()
 
 
-def test_any_number_of_processes_trains_the_same_through_signals_and_kills(
-    start, tmp_path, monkeypatch
-):
+def test_any_number_of_processes_trains_the_same_through_signals_and_kills(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "launch"))
     reference, workdir = tmp_path / "one", tmp_path / "many"

@@ -10,6 +10,7 @@ import time
 import jax
 import pytest
 
+from tests import children
 from transfer_jax.training import distributed
 from transfer_jax.training.distributed import PreemptionGuard, initialize, should_stop
 
@@ -61,13 +62,9 @@ def _start(directory, argument):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": "2",
-    }
+    environment = children.environment(
+        devices=2, JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2"
+    )
     return [
         subprocess.Popen(
             [sys.executable, str(directory / "job.py"), argument],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import children
 from transfer_jax.configuration import ConfigError
 from transfer_jax.training import files
 from transfer_jax.training.files import absolute, as_path, is_remote
@@ -113,11 +114,11 @@ def test_a_run_in_a_bucket_is_reported_read_and_resumed(tmp_path):
         port = free.getsockname()[1]
     (tmp_path / "run.py").write_text(_RUN)
     address = f"http://localhost:{port}"
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "XLA_FLAGS": "",
-        "STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address,
-        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none", "EPATH_USE_TF": "false",
-    }  # fmt: skip
+    environment = children.environment(
+        PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]),
+        STORAGE_EMULATOR_HOST=address, TENSORSTORE_GCS_HTTP_URL=address,
+        GOOGLE_AUTH_TOKEN_FOR_TESTING="none", EPATH_USE_TF="false",
+    )  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(tmp_path / "run.py"), str(port)], env=environment,
         capture_output=True, text=True, timeout=300, check=False,
