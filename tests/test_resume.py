@@ -13,45 +13,32 @@ import jax
 import numpy as np
 import pytest
 
+from tests import children
 from transfer_jax import trees
 from transfer_jax.training import load_variables
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("pretrain", "fine-tuning", "lora", "ewc")
 STEPS = 24
+FIT = {"steps": STEPS, "log_every": 4, "eval_every": 12, "checkpoint_every": 6,
+       "optimizer.warmup_steps": 2}  # fmt: skip
 SETTINGS = [
     f"--config.{fit}.{key}={value}"
-    for fit in ("pretrain", "transfer", "lora.fit")
-    for key, value in (
-        ("steps", STEPS),
-        ("log_every", 4),
-        ("eval_every", 12),
-        ("checkpoint_every", 6),
-    )
-] + [f"--config.{fit}.optimizer.warmup_steps=2" for fit in ("pretrain", "transfer", "lora.fit")]
+    for fit in ("pretrain", "transfer", "lora.fit") for key, value in FIT.items()
+] + [
+    "--config.model.depth=1", "--config.model.features=8", "--config.lora.rank=2",
+    "--config.task_vector.shares=0.5,1.0",
+]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Starts the quickstart in a work directory; compiled programs are shared between runs."""
-    cache = tmp_path_factory.mktemp("cache")
-
-    def run(workdir, *arguments):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        }
-        command = [sys.executable, "-m", "launch.local", "--config=configs/quickstart.py",
-                   f"--workdir={workdir}", *SETTINGS, *arguments]  # fmt: skip
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-
-    return run
+def start(workdir):
+    """Starts the quickstart, with a small network, in a work directory."""
+    command = [sys.executable, "-m", "launch.local", "--config=configs/quickstart.py",
+               f"--workdir={workdir}", *SETTINGS]  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=ROOT, env=children.environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 def finish(process, code=0):
@@ -61,7 +48,7 @@ def finish(process, code=0):
 
 
 @pytest.fixture(scope="module")
-def reference(start, tmp_path_factory):
+def reference(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("reference") / "run"
     output = finish(start(workdir))
     assert "Test accuracy" in output and "report.md" in output
@@ -124,7 +111,7 @@ def test_the_work_directory_is_complete(reference):
 
 
 @pytest.mark.slow
-def test_killed_at_random_steps_and_restarted(start, reference, tmp_path):
+def test_killed_at_random_steps_and_restarted(reference, tmp_path):
     choose = random.Random(int.from_bytes(os.urandom(4), "big"))
     workdir = tmp_path / "run"
     stages = sorted(choose.sample(STAGES, 2), key=STAGES.index)
