@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import children
+
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
+jupyter_client = pytest.importorskip("jupyter_client")
 pytest.importorskip("ipykernel")
 
 ROOT = Path(__file__).parent.parent
@@ -48,33 +51,35 @@ def test_is_stored_without_outputs(name):
     assert all(cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
 
 
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """One kernel for all notebooks: this interpreter with one device, as a notebook's user has."""
+    directory = tmp_path_factory.mktemp("jupyter")
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {"argv": command, "display_name": "Python 3", "language": "python"}
+    (directory / "kernels" / "python3").mkdir(parents=True)
+    (directory / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(directory))
+        manager = jupyter_client.KernelManager(
+            kernel_name="python3", client_class="jupyter_client.asynchronous.AsyncKernelClient"
+        )
+        manager.start_kernel(env=children.environment(IPYTHONDIR=str(directory / "ipython")))
+        yield manager
+        manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs(path, tmp_path, monkeypatch):
-    # The kernel is this interpreter, whatever kernels are installed.
-    spec = {
-        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-        "display_name": "Python 3",
-        "language": "python",
-    }
-    kernel = tmp_path / "jupyter" / "kernels" / "python3"
-    kernel.mkdir(parents=True)
-    (kernel / "kernel.json").write_text(json.dumps(spec))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    # One device, as a notebook's user has; see conftest.py for the rest.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    work = tmp_path / "work"
-    work.mkdir()
-
+def test_runs(path, kernel, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     for old, new in SHORTENED.get(path.stem, {}).items():
         (cell,) = (cell for cell in notebook.cells if old in cell.source)
         cell.source = cell.source.replace(old, new)
-    client = nbclient.NotebookClient(
-        notebook, timeout=400, kernel_name="python3", resources={"metadata": {"path": str(work)}}
-    )
+    # No notebook sees the names or files of another.
+    first = nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {tmp_path}")
+    notebook.cells.insert(0, first)
+    client = nbclient.NotebookClient(notebook, km=kernel, timeout=400)
     client.execute()  # raises CellExecutionError with the cell and its traceback
 
     kinds = [out.output_type for out in outputs(notebook)]
