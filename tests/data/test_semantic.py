@@ -80,5 +80,6 @@ def test_a_fingerprint_changes_with_any_number():
     tables = tables._replace(user_vectors=RNG.normal(size=(20, 3)).astype(np.float32))
     same = Tables(*(None if x is None else x.copy() for x in tables))
     assert same.fingerprint() == tables.fingerprint()
+    assert same.fingerprint(items=histories) != tables.fingerprint()
     same.user_vectors[7, 1] += 1e-6
     assert same.fingerprint() != tables.fingerprint()

@@ -103,7 +103,7 @@ def test_lists_are_made_without_tables(run, tmp_path):
 
 def test_models_are_named_and_terms_of_no_strength_are_none():
     config = get_config("sra_cl")
-    with pytest.raises(ConfigError, match="nearest: .*no_inter"):
+    with pytest.raises(ConfigError, match=r"nearest: .*no_inter"):
         sra_cl.recommender(config, "no_intr", 9)
     kinds = {name: sra_cl.recommender(config, name, 9) for name in sra_cl.MODELS}
     assert [n for n, o in kinds.items() if isinstance(o, NextOfPrefix)] == ["no_cl"]
@@ -119,6 +119,6 @@ def test_paired():
     gain, t, signed = sra_cl.paired(other + 0.1 * np.arange(200) / 100 - 0.02, other)
     assert max(t, signed) < 1e-6
     np.testing.assert_allclose(gain, (0.0995 - 0.02) / other.mean(), rtol=1e-6)
-    worse = sra_cl.paired(other, other + 0.1)
+    worse = sra_cl.paired(other, other + 0.1 * np.arange(1, 201))
     assert min(worse[1:]) > 0.999
     assert sra_cl.paired(other, other) == (0.0, 1.0, 1.0)

@@ -46,10 +46,10 @@ class Tables(NamedTuple):
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         return cls(histories.astype(np.int32), order, starts)
 
-    def fingerprint(self) -> str:
-        """SHA-256 of all that is in the tables: equal only for equal tables."""
+    def fingerprint(self, **others: np.ndarray) -> str:
+        """SHA-256 of all that is in the tables and of ``others``: equal only for equal numbers."""
         digest = hashlib.sha256()
-        for name, value in self._asdict().items():
+        for name, value in {**self._asdict(), **others}.items():
             if value is not None:
                 value = np.ascontiguousarray(value)
                 digest.update(f"{name} {value.dtype} {value.shape} ".encode())

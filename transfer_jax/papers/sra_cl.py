@@ -12,7 +12,7 @@ of these tables; it cannot go on with others. Recommending needs none of them.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -218,7 +218,7 @@ class Retrieval:
         self.bare = Tables.of(self.arrays["inputs"], self.arrays["labels"], log.num_items)
         self.what = "none"
         self._vectors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self._neighbours: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = {}
+        self._neighbours: dict[tuple[Any, ...], dict[str, np.ndarray]] = {}
 
     def vectors(self, source: str) -> tuple[np.ndarray, np.ndarray]:
         """Of items [n + 1, D] and of histories [M, D]."""
@@ -252,27 +252,44 @@ class Retrieval:
         key = (cl["source"], cl["k"], cl["allow_padding"], cl["allow_same_user"])
         items, users = self.vectors(cl["source"])
         if key not in self._neighbours:
-            owners = None if cl["allow_same_user"] else self.arrays["user"]
-            self._neighbours[key] = (
-                semantic.nearest(users, cl["k"], owners=owners),
-                semantic.nearest_items(items, cl["k"], allow_padding=cl["allow_padding"]),
-            )
+            self._neighbours[key] = self._search(key, items, users)
         if cl["source"] == "random":
             users = self.vectors("semantic")[1]
-        of_users, of_items = self._neighbours[key]
         return self.bare._replace(
-            user_vectors=users.astype(self.exp.config.vectors.dtype),
-            user_neighbours=of_users, item_neighbours=of_items,
-        )  # fmt: skip
+            user_vectors=users.astype(self.exp.config.vectors.dtype), **self._neighbours[key]
+        )
+
+    def _search(
+        self, key: tuple[Any, ...], items: np.ndarray, users: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Neighbours of both kinds: an artifact, for large logs take long."""
+        from jax.experimental.multihost_utils import process_allgather
+
+        _, k, allow_padding, allow_same_user = key
+        owners = None if allow_same_user else self.arrays["user"]
+        found = self.exp.artifact(
+            "-".join(map(str, ("neighbours", *key))),
+            lambda: {
+                "user_neighbours": semantic.nearest(users, k, owners=owners),
+                "item_neighbours": semantic.nearest_items(items, k, allow_padding=allow_padding),
+            },
+        )
+        return process_allgather(found, tiled=True)
+
+    def fingerprint(self, name: str) -> str:
+        """Of a model's tables and of the vectors that its neighbours were found with."""
+        cl = settings(self.exp.config, name)
+        searched = self.vectors(cl["source"]) if retrieves(cl) else ()
+        return self.tables(name).fingerprint(**dict(zip(("items", "users"), searched)))
 
 
-def guard(exp: Experiment, tables: Mapping[str, Tables]) -> None:
-    """Keeps the tables' hashes in the work directory.
+def guard(exp: Experiment, retrieval: Retrieval, names: Sequence[str]) -> None:
+    """Keeps hashes of the models' tables in the work directory.
 
     Raises:
       ConfigError: the directory's earlier run had other tables.
     """
-    now = {name: t.fingerprint() for name, t in tables.items()}
+    now = {name: retrieval.fingerprint(name) for name in names}
     then = exp.artifact("tables", lambda: now)
     if other := [name for name in now if then.get(name) != now[name]]:
         raise ConfigError(
@@ -298,8 +315,7 @@ def recipe(exp: Experiment) -> None:
     side = module.alignment
     source = recommend.prefixes(split.train, module.max_length, side=side)
     retrieval = Retrieval(exp, log, split, source)
-    tables = {name: retrieval.tables(name) for name in cfg.models}
-    guard(exp, tables)
+    guard(exp, retrieval, cfg.models)
 
     def held_out(name: str) -> Pipeline:
         rows = recommend.evaluation(split, name, module.max_length, side=side, seen=False)
@@ -308,7 +324,7 @@ def recipe(exp: Experiment) -> None:
     ranks: dict[str, np.ndarray] = {}
     history: dict[str, list[tuple[int, float]]] = {}
     for name in cfg.models:
-        objective = recommender(cfg, name, log.num_items, tables[name])
+        objective = recommender(cfg, name, log.num_items, retrieval.tables(name))
         batches = Pipeline(
             source, cfg.batch_size, shuffle=True, seed=exp.seed("train"), repeat=True
         )
