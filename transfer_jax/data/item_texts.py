@@ -6,9 +6,7 @@ The names of the items are those of ``Interactions.item_names``, so that the tex
 
 import ast
 import csv
-import difflib
 import gzip
-import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from transfer_jax.data import named
 from transfer_jax.data.paths import require, require_file
 
 # Name of the item -> attribute (title, brand, category, …), in this order -> text.
@@ -201,17 +200,7 @@ def load_item_texts(name: str, **options: Any) -> ItemTexts:
       ValueError: no such texts; has the nearest names.
       TypeError: an option that it does not have; has those there are.
     """
-    if name not in ITEM_TEXTS:
-        near = difflib.get_close_matches(name, ITEM_TEXTS, n=3, cutoff=0.4) or sorted(ITEM_TEXTS)
-        raise ValueError(f"no item texts are named {name!r}; nearest: {', '.join(near)}")
-    known = inspect.signature(ITEM_TEXTS[name]).parameters
-    for option in options:
-        if option not in known:
-            raise TypeError(
-                f"item texts {name!r} have no option {option!r}; there are: "
-                f"{', '.join(known) or 'none'}"
-            )
-    return ITEM_TEXTS[name](**options)
+    return named.call("set of item texts", ITEM_TEXTS, name, **options)
 
 
 def of_items(texts: ItemTexts, names: Iterable[str]) -> list[dict[str, str]]:

@@ -5,14 +5,12 @@ What a user did last is never trained on: windows are cut from the training part
 the user has ever seen, the right item included.
 """
 
-import difflib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from transfer_jax.data import interactions
+from transfer_jax.data import interactions, named
 from transfer_jax.data.interactions import Interactions, LeaveOneOut, Sequences
 from transfer_jax.data.paths import require, require_file
 from transfer_jax.data.sources import ArraySource, Example
@@ -339,13 +337,4 @@ def load_log(name: str, **options: Any) -> Interactions:
       ValueError: no such log; has the nearest names.
       TypeError: an option that it does not have; has those there are.
     """
-    if name not in LOGS:
-        near = difflib.get_close_matches(name, LOGS, n=3, cutoff=0.4) or sorted(LOGS)
-        raise ValueError(f"no interaction log is named {name!r}; nearest: {', '.join(near)}")
-    known = inspect.signature(LOGS[name]).parameters
-    for option in options:
-        if option not in known:
-            raise TypeError(
-                f"log {name!r} has no option {option!r}; there are: {', '.join(known) or 'none'}"
-            )
-    return LOGS[name](**options)
+    return named.call("interaction log", LOGS, name, **options)

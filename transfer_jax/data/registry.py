@@ -1,11 +1,9 @@
 """Datasets by name, for configs."""
 
-import difflib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
-from transfer_jax.data import digits, images, listops, pathfinder, speech, text
+from transfer_jax.data import digits, images, listops, named, pathfinder, speech, text
 from transfer_jax.data.bundle import DataBundle
 
 DATASETS: dict[str, Callable[..., DataBundle]] = {
@@ -45,14 +43,4 @@ def load(name: str, **options: Any) -> DataBundle:
       ValueError: no such dataset; has the nearest names.
       TypeError: an option that the dataset does not have; has the nearest names.
     """
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.4) or sorted(DATASETS)
-        raise ValueError(f"no dataset is named {name!r}; nearest: {', '.join(near)}")
-    known = inspect.signature(DATASETS[name]).parameters
-    for option in options:
-        if option not in known:
-            near = difflib.get_close_matches(option, known, n=3, cutoff=0.4) or list(known)
-            raise TypeError(
-                f"dataset {name!r} has no option {option!r}; nearest: {', '.join(near)}"
-            )
-    return DATASETS[name](**options)
+    return named.call("dataset", DATASETS, name, **options)
