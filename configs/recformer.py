@@ -155,7 +155,7 @@ def _published(config: ml_collections.ConfigDict) -> None:
     )  # fmt: skip
     config.buckets = (64, 128, 256, 512, 1024)
     config.block, config.chunk = 8192, 256
-    config.expected = {"vocab": 50_265, "items": 1_000}  # for plans
+    config.expected = {"vocab_size": 50_265, "num_items": 1_000}  # for plans
     # The published vocabulary is an odd number: the embeddings are split by features alone.
     config.sharding.rules = (
         (r"(^|/)catalogue/", (("data", "fsdp"),)),
@@ -190,7 +190,7 @@ def _published_fine_tuning(
     _published(config)
     config.data = _data("amazon", {**_files((category,)), "user_share": user_share})
     config.start.run = "runs/recformer-pretrain_amazon7"
-    config.expected.items = items
+    config.expected.num_items = items
     config.pretraining = False
     config.block = 0
     config.seen, config.ties = "kept", "best"

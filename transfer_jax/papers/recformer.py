@@ -376,7 +376,7 @@ def start_params(exp: Experiment, objective: Objective, batch: Any) -> PyTree:
 
 def plan(config: Any) -> tuple[Objective, dict[str, jax.ShapeDtypeStruct], FitConfig]:
     """What a config would train first, without its data, for ``training.aot.lower_step``."""
-    vocab, length = config.expected.vocab, config.buckets[-1]
+    vocab, length = config.expected.vocab_size, config.buckets[-1]
     rows = config.batch_size
 
     def ints(*shape: int) -> jax.ShapeDtypeStruct:
@@ -396,7 +396,7 @@ def plan(config: Any) -> tuple[Objective, dict[str, jax.ShapeDtypeStruct], FitCo
         objective = pretraining(config, module, begins, vocab - 1)
         settings = from_dict(FitConfig, config.pretrain, "pretrain")
     else:
-        items = config.expected.items
+        items = config.expected.num_items
         padded = -(-(items + 1) // config.chunk) * config.chunk
         catalogue = {name: ints(padded, width) for name in names[:2]} | {"lengths": ints(padded)}
         batch |= {"labels": ints(rows), "user": ints(rows)}
@@ -633,7 +633,8 @@ def rank_sasrec(exp: Experiment, domain: Domain) -> PerUser:
 # -- comparison -----------------------------------------------------------------------------------
 
 
-def _check_names(config: Any) -> None:
+def check_names(config: Any) -> None:
+    """Refuses runs and baselines that there are not."""
     for option, allowed in (("runs", tuple(RUNS)), ("baselines", BASELINES)):
         for name in config[option]:
             if name not in allowed:
@@ -656,7 +657,7 @@ def domains(exp: Experiment) -> tuple[Domain, Domain]:
 def compare(exp: Experiment) -> None:
     """Pre-trains, fine-tunes and ranks."""
     cfg = exp.config
-    _check_names(cfg)
+    check_names(cfg)
     source, domain = domains(exp)
     tokenizer = tokenizer_of(exp, source)
     module = encoder(cfg, tokenizer.vocab_size)
