@@ -21,7 +21,12 @@ import zlib
 from pathlib import Path
 
 import jax
+
+# Imported at their first use elsewhere, here once for all runs.
+import matplotlib.backends.backend_agg  # noqa: F401
 import numpy as np
+import orbax.checkpoint  # noqa: F401
+import tensorboardX  # noqa: F401
 
 from tests import toy
 from transfer_jax.objectives import WarmStart
