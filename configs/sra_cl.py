@@ -90,10 +90,11 @@ def get_config(variant: str = "generated") -> ml_collections.ConfigDict:
         config.train.optimizer.learning_rate = 3e-3
     elif variant == "scientific":
         vectors = {**VECTORS, "kind": "clip", "name": log, "key": "text", "dim": 512}
-        config.model.length = 10
+        config.model.update({"length": 10, "features": 32, "num_heads": 1, "hidden": 128})
         config.cl.k = 5
         config.batch_size = 64
-        config.train.update({"steps": 1200, "checkpoint_every": 400})
+        config.train.update({"steps": 2500, "eval_every": 125, "checkpoint_every": 500})
+        config.train.optimizer.learning_rate = 3e-3
     elif variant == "office":
         vectors = {**VECTORS, "kind": "none", "dim": 64}
         config.models = ("no_cl",)
