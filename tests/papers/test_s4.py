@@ -20,7 +20,7 @@ from transfer_jax.data.bundle import DatasetInfo
 from transfer_jax.data.pipeline import Pipeline
 from transfer_jax.nn import SSM_PARAMETERS
 from transfer_jax.papers import s4
-from transfer_jax.training import Experiment
+from transfer_jax.training import Experiment, Layout, make_mesh
 from transfer_jax.training.optimizers import group_labels, make_optimizer
 from transfer_jax.trees import path_str
 
@@ -41,6 +41,13 @@ def configured(variant, *overrides, **options):
         with config.unlocked():
             config.data.options = options
     return config
+
+
+def experiment(config, workdir):
+    """On one device, for which programs compile sooner; test_full_scale.py runs on eight."""
+    exp = Experiment(config, workdir)
+    exp.layout = Layout(make_mesh(devices=jax.devices()[:1]))
+    return exp
 
 
 # -- configs ---------------------------------------------------------------------------------------
@@ -206,8 +213,7 @@ def test_plans_have_the_shapes_of_the_data(variant):
 def digits_run(tmp_path_factory):
     config = configured("digits", *TINY, "half_rate=True")
     workdir = tmp_path_factory.mktemp("digits")
-    exp = Experiment(config, workdir)
-    return config, workdir, exp.run()
+    return config, workdir, experiment(config, workdir).run()
 
 
 def test_classify_records_accuracy_at_both_rates(digits_run):
@@ -228,7 +234,7 @@ def test_classify_records_accuracy_at_both_rates(digits_run):
 def test_a_finished_run_gives_its_results_again(digits_run, monkeypatch):
     config, workdir, results = digits_run
     before = json.dumps(results, sort_keys=True)
-    exp = Experiment(config, workdir)
+    exp = experiment(config, workdir)
 
     def evaluated_again(*args):
         raise AssertionError("the test split was read twice")
@@ -255,7 +261,7 @@ def test_buckets_change_nothing_but_the_padding(tmp_path):
     options = {"num_train": 100, "num_validation": 60, "num_test": 60, "min_length": 8,
                "max_length": 64, "max_depth": 3, "max_arguments": 4}  # fmt: skip
     config = configured("listops_small", *TINY, **options)
-    exp = Experiment(config, tmp_path)
+    exp = experiment(config, tmp_path)
     exp.run()
     bundle = s4._load(config)
     source = bundle.splits["test"]
@@ -275,7 +281,7 @@ def test_language_model(tmp_path):
         "chars", *TINY, "sample.tokens=12", "sample.prompt=5",
         length=32, num_train=3_000, num_validation=600, num_test=600,
     )  # fmt: skip
-    results = Experiment(config, tmp_path).run()
+    results = experiment(config, tmp_path).run()
     scalars = results["scalars"]
     rows = results["tables"]["Language modelling (s4)"]["rows"]
     assert [row[0] for row in rows] == ["validation", "test"]
@@ -287,7 +293,7 @@ def test_language_model(tmp_path):
     assert scalars["prompt"] == text
     assert len(scalars["sample"]) == 12
     assert set(scalars["sample"]) <= set(bundle.info.vocabulary)
-    assert Experiment(config, tmp_path).run()["scalars"]["sample"] == scalars["sample"]
+    assert experiment(config, tmp_path).run()["scalars"]["sample"] == scalars["sample"]
 
 
 def test_random_matrices_follow_the_seed_and_keep_the_shapes():
