@@ -145,11 +145,9 @@ def test_buckets_padding_and_devices():
     assert {b["inputs"].shape[1] for b in batches} == {4, 6} and step._cache_size() == 2
     assert len({int(n) for b in batches for n in b["lengths"]}) == 5
     total = {k: sum(m[k].total for m in found) / sum(m[k].weight for m in found) for k in found[0]}
-    for devices in (1, 8):
-        layout = Layout(make_mesh(devices=jax.devices()[:devices]))
-        metrics = evaluate(POINTING, variables, whole, layout)
-        for name, value in total.items():
-            assert metrics[name] == pytest.approx(float(value), rel=1e-5)
+    metrics = evaluate(POINTING, variables, whole, Layout(make_mesh()))  # on all eight
+    for name, value in total.items():
+        assert metrics[name] == pytest.approx(float(value), rel=1e-5)
     gradient = jax.jit(jax.grad(lambda v, b: POINTING.loss(v, b, jax.random.key(0))[0]))
     for leaf in jax.tree.leaves(gradient(variables, full)):
         assert np.isfinite(leaf).all()
