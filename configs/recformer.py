@@ -112,12 +112,12 @@ def _sasrec() -> ml_collections.ConfigDict:
 
 def _scientific(config: ml_collections.ConfigDict, variant: str) -> None:
     config.data = _data("amazon_scientific_small", {})
-    config.tokenizer.limits = (10, 3, 10)
-    config.model.update({"features": 64, "hidden": 256, "window": 32, "max_items": 4})
-    config.buckets = (93,)
+    config.tokenizer.limits = (9, 3, 9)
+    config.model.update({"features": 64, "hidden": 256, "window": 32, "max_items": 3})
+    config.buckets = (64,)
     config.pretrain.steps = 240
     config.pretrain.eval_every = config.pretrain.checkpoint_every = 80
-    config.epochs, config.patience = (5, 3), (2, 2)
+    config.epochs, config.patience = (5, 2), (2, 2)
     config.runs = ("two_stage", "frozen_items", "scratch", "zero_shot", "random")
     config.sasrec.model.update({"features": 64, "hidden": 256, "num_heads": 2})
     config.sasrec.batch_size = 128
@@ -127,8 +127,8 @@ def _scientific(config: ml_collections.ConfigDict, variant: str) -> None:
         config.categories = {"attribute": "category", "skip": 3, "words": 2}
         config.cold = 0.0
         config.tokenizer.kind = "bpe"
-        config.tokenizer.limits = (16, 4, 16)
-        config.buckets = (145,)
+        config.tokenizer.limits = (12, 3, 12)
+        config.buckets = (82,)
         config.runs = ("zero_shot", "random")
         config.baselines = ("pop", "item_knn", "tfidf")
 
