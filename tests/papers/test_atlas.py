@@ -33,6 +33,11 @@ def tree_close(a, b, **tolerance):
     jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), a, b)
 
 
+def gradient_of(loss):
+    """As one program."""
+    return jax.jit(jax.grad(loss))
+
+
 @pytest.fixture(scope="module")
 def world():
     """An encoder, a base, three task vectors, a head and a batch."""
@@ -45,7 +50,7 @@ def world():
         "inputs": jnp.asarray(rng.uniform(size=(8, 3, 3, 1)), jnp.float32),
         "labels": jnp.asarray(rng.integers(0, 4, 8)),
     }
-    base = task.init(jax.random.key(0), batch).params
+    base = jax.jit(task.init)(jax.random.key(0), batch).params
     vectors = {
         name: trees.map_with_path(
             lambda path, x, i=i: 0.3 * jax.random.normal(
@@ -193,7 +198,7 @@ def test_gradients_are_derivatives_along_the_task_vectors(world, granularity):
         )
     # The gradient in theta, projected onto a task vector.
     composed = objective.inner_params(coefficients)
-    by_theta = jax.grad(lambda p: task.loss(Variables(p, {}), batch, None)[0])(composed)
+    by_theta = gradient_of(lambda p: task.loss(Variables(p, {}), batch, None)[0])(composed)
     expected = np.vdot(by_theta["stem"]["bias"], vectors["two"]["stem"]["bias"])
     got = gradient["stem"]["bias"][1]
     np.testing.assert_allclose(jnp.sum(got), expected, rtol=1e-4)
@@ -311,9 +316,11 @@ def test_a_tangent_model_is_affine_and_first_order(world):
     tangent = LinearizedClassification(module=task.module, heads=task.heads, scale=5.0, base=base)
     empty = jax.tree.map(jnp.zeros_like, base)
 
+    @jax.jit
     def g(delta):
         return tangent.apply(Variables(trees.add(base, delta), {}), batch, None)[0]
 
+    @jax.jit
     def f(delta):
         return task.apply(Variables(trees.add(base, delta), {}), batch, None)[0]
 
@@ -334,11 +341,9 @@ def test_a_tangent_model_is_affine_and_first_order(world):
     np.testing.assert_allclose(g(one) - origin, direct, atol=1e-4)
     # It can be composed and learned like the plain one.
     objective = AnisotropicScaling.of(tangent, base, vectors)
-    gradient = jax.grad(lambda c: objective.loss(Variables(c, {}), batch, None)[0])(
-        objective.zeros()
-    )
-    plain = jax.grad(lambda c: scaled(world).loss(Variables(c, {}), batch, None)[0])(
-        objective.zeros()
+    gradient, plain = (
+        gradient_of(lambda c, o=o: o.loss(Variables(c, {}), batch, None)[0])(o.zeros())
+        for o in (objective, scaled(world))
     )
     tree_close(gradient, plain, atol=1e-5)  # one tangent, one gradient at the base
 
@@ -351,7 +356,7 @@ def test_block_gradients_are_those_of_the_coefficients_at_zero(world):
     halves = [jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(0, 3), slice(3, 8))]
     gradients = atlas.block_gradients(task, Variables(base, {}), vectors, halves)
     objective = scaled(world)
-    expected = jax.grad(lambda c: objective.loss(Variables(c, {}), batch, None)[0])(
+    expected = gradient_of(lambda c: objective.loss(Variables(c, {}), batch, None)[0])(
         objective.zeros()
     )
     for i, name in enumerate(NAMES):
@@ -422,7 +427,7 @@ def test_tip_adapter_adds_the_cache_and_learns_jointly(world):
     joint = tip.replace(inner=AnisotropicScaling.of(features, base, vectors), frozen=None)
     variables = joint.init(jax.random.key(0), batch)
     np.testing.assert_allclose(joint.predict(variables, batch), expected, atol=1e-5)
-    gradient = jax.grad(lambda p: joint.loss(Variables(p, {}), batch, None)[0])(variables.params)
+    gradient = gradient_of(lambda p: joint.loss(Variables(p, {}), batch, None)[0])(variables.params)
     assert all(np.any(g != 0) for g in jax.tree.leaves(gradient))
 
 
@@ -474,12 +479,12 @@ def test_the_weak_view_has_no_gradient_and_no_accepted_example_gives_zero(world)
         return -(jnp.asarray(target) * jax.nn.log_softmax(logits)).sum(1).mean()
 
     assert float(loss(variables.params)[0]) == pytest.approx(float(reference(variables.params)))
-    got = jax.grad(lambda c: loss(c)[0])(variables.params)
-    tree_close(got, jax.grad(reference)(variables.params), atol=1e-5)
+    got = gradient_of(lambda c: loss(c)[0])(variables.params)
+    tree_close(got, gradient_of(reference)(variables.params), atol=1e-5)
 
     strict = match.replace(threshold=1.0, final_threshold=1.0)
     value, aux = loss(variables.params, strict, trusted=jnp.zeros(8))
-    gradient = jax.grad(lambda c: loss(c, strict, trusted=jnp.zeros(8))[0])(variables.params)
+    gradient = gradient_of(lambda c: loss(c, strict, trusted=jnp.zeros(8))[0])(variables.params)
     assert float(value) == 0.0 and float(aux.metrics["accepted"].value()) == 0.0
     assert not any(np.any(g != 0) for g in jax.tree.leaves(gradient))
     # Trusted examples count whatever the threshold.
@@ -744,6 +749,7 @@ def test_without_the_control_term_the_control_collapses():
     tuned = fit(start, mixture("train", slice(1)), steps(steps=80), layout=layout).params
     vectors = {"plain": trees.task_vector(tuned, base)}
     test = {n: tasks.splits[n]["test"].arrays for n in names}
+    predict = jax.jit(objective.predict)
 
     def accuracies(weights):
         signed = objective.replace(weights=jnp.asarray(weights))
@@ -753,7 +759,7 @@ def test_without_the_control_term_the_control_collapses():
         params = scaled.inner_params(fitted.params)
         return [
             float(np.mean(
-                jnp.argmax(objective.predict(Variables(params, {}), {
+                jnp.argmax(predict(Variables(params, {}), {
                     "inputs": test[n]["inputs"], "task": jnp.full(len(test[n]["labels"]), t),
                 }), axis=-1) == test[n]["labels"]
             ))
