@@ -9,7 +9,8 @@ The recipe's ``config.task`` is one of
 
 Runs: ``two_stage`` is Algorithm 1: the matrix of the items' vectors is encoded anew before every
 epoch until validation stops improving, then the best pair of parameters and matrix is taken and the
-parameters are trained on against that matrix. ``frozen_items`` keeps the first matrix,
+parameters are trained on against that matrix, with new moments and a new schedule (the released
+code carries both over, so that its rate may reach 0). ``frozen_items`` keeps the first matrix,
 ``trainable_items`` makes it a parameter, ``zero_shot`` does not fine-tune. ``scratch`` is
 ``two_stage`` and ``random`` is ``zero_shot`` of an encoder that was not pre-trained.
 
@@ -96,7 +97,9 @@ class Domain:
     warm: np.ndarray
 
     @classmethod
-    def of(cls, log: Interactions, texts: ItemTexts, *, cold: float = 0.0, seed: int = 0):
+    def of(
+        cls, log: Interactions, texts: ItemTexts, *, cold: float = 0.0, seed: int = 0
+    ) -> "Domain":
         """Splits a log.
 
         Args:
@@ -300,7 +303,9 @@ def pretraining(config: Any, module: Recformer, begins: Any, mask_id: int) -> Pr
     )  # fmt: skip
 
 
-def fine_tuning(config: Any, module: Recformer, catalogue: Any, num_items: int, **fields: Any):
+def fine_tuning(
+    config: Any, module: Recformer, catalogue: Any, num_items: int, **fields: Any
+) -> FineTuning:
     """The objective of fine-tuning, and of ranking."""
     return FineTuning(
         module=module, catalogue=catalogue, num_items=num_items, temperature=config.temperature,
@@ -502,7 +507,9 @@ class Target:
         )  # fmt: skip
         epoch = len(data)
 
-        def fit(stage: str, chosen: Objective, epochs: int, patience: int):
+        def fit(
+            stage: str, chosen: Objective, epochs: int, patience: int
+        ) -> tuple[Variables, float]:
             settings = dataclasses.replace(
                 from_dict(FitConfig, cfg.tune, "tune"), steps=epochs * epoch, eval_every=epoch,
                 checkpoint_every=epoch, monitor=MONITOR, select_best=True, patience=patience,
