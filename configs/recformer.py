@@ -52,7 +52,7 @@ def get_config(variant: str = "generated") -> ml_collections.ConfigDict:
     # window: both sides together, 0 = dense layers.
     config.model = ml_collections.ConfigDict(
         {
-            "features": 32, "num_layers": 2, "num_heads": 2, "hidden": 64, "window": 16,
+            "features": 32, "num_layers": 1, "num_heads": 2, "hidden": 64, "window": 16,
             "dropout": 0.1, "positions": 4_098, "max_items": 4, "use_types": True,
             "use_items": True, "pooling": "avg", "tied": True, "scan": False, "remat": False,
             "dtype": "",
@@ -113,7 +113,8 @@ def _sasrec() -> ml_collections.ConfigDict:
 def _scientific(config: ml_collections.ConfigDict, variant: str) -> None:
     config.data = _data("amazon_scientific_small", {})
     config.tokenizer.limits = (9, 3, 9)
-    config.model.update({"features": 64, "hidden": 256, "window": 32, "max_items": 3})
+    config.model.update({"features": 64, "num_layers": 2, "hidden": 256, "window": 32})
+    config.model.max_items = 3
     config.buckets = (64,)
     config.pretrain.steps = 240
     config.pretrain.eval_every = config.pretrain.checkpoint_every = 80
