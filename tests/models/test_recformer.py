@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from transfer_jax.models.longformer import longformer_config, longformer_stack
 from transfer_jax.models.recformer import Recformer
@@ -246,6 +247,25 @@ def test_the_matrix_is_renewed_at_the_first_step_of_an_epoch_and_gets_no_gradien
     metrics = jax.jit(tuning.loss)(Variables(PARAMS, state), LABELLED, None)[1].metrics
     right = jnp.argmax(scores, axis=1) + 1 == LABELLED["labels"]
     np.testing.assert_allclose(metrics["hr@1"].value(), right.mean())
+
+
+def test_the_items_are_encoded_by_all_devices_together():
+    tuning = fine_tuning(catalogue=catalogue(16), chunk=8)
+    variables = Variables(PARAMS, tuning.init(jax.random.key(0), LABELLED).state)
+    rules = (("catalogue/", PartitionSpec("data")), ("table$", PartitionSpec("model")))
+    layout = Layout(make_mesh({"data": 4, "model": 2}), rules)
+
+    @jax.jit
+    def step(tuning, variables, batch):
+        loss, aux = tuning.loss(variables, batch, jax.random.key(0))
+        return loss, aux.state["table"]
+
+    expected = step(tuning, variables, LABELLED)
+    placed = layout.place(tuning), layout.place(variables), layout.place_batch(LABELLED)
+    assert placed[0].catalogue["inputs"].sharding.shard_shape((16, 7)) == (4, 7)
+    assert placed[1].state["table"].sharding.shard_shape((16, 8)) == (8, 8)
+    found = step(*placed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
 
 
 def test_a_trainable_matrix_has_a_gradient_and_the_catalogue_adds_no_parameters():
