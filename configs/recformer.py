@@ -43,6 +43,7 @@ def get_config(variant: str = "generated") -> ml_collections.ConfigDict:
     config.data.options.length = 16
     config.data.texts.options = {"seed": 0, "items": 200, "groups": 10}
     config.cold = 0.2  # share of the items that are in no history
+    config.user_share = 1.0  # of the users that fine-tuning sees
     # Halves of the catalogue for zero-shot transfer; '' = none.
     config.categories = ml_collections.ConfigDict({"attribute": "", "skip": 0, "words": 2})
     # size: of words and bpe; path: of files. limits: tokens of an attribute with its name.

@@ -158,6 +158,15 @@ def test_cold_items_are_in_no_history():
     assert (same.test == whole.test).all() and (same.train.items == whole.train.items).all()
 
 
+def test_a_share_of_the_users_is_a_part_of_a_larger_one():
+    train = leave_one_out(interactions.generated(0, users=50, items=20, groups=2)).train
+    half, fifth = (recformer.few_users(train, share, seed=4) for share in (0.5, 0.2))
+    assert [(part.lengths > 0).sum() for part in (half, fifth)] == [25, 10]
+    for a, b, c in zip(fifth, half, train):
+        assert a.tolist() in ([], b.tolist()) and b.tolist() in ([], c.tolist())
+    np.testing.assert_array_equal(recformer.few_users(train, 1.0, seed=4).items, train.items)
+
+
 def test_halves_share_no_category():
     log = interactions.generated(0, users=80, items=40, groups=4, length=12)
     texts = item_texts.generated(0, items=40, groups=4)

@@ -134,6 +134,16 @@ def hide_items(split: LeaveOneOut, share: float, seed: int) -> LeaveOneOut:
     return LeaveOneOut(train, validation.astype(np.int32), test.astype(np.int32), split.num_items)
 
 
+def few_users(sequences: Sequences, share: float, seed: int) -> Sequences:
+    """The histories of a random share of the users (low-resource training), those of others empty.
+
+    A smaller share of the same seed is a part of a larger one.
+    """
+    number = round(share * len(sequences))
+    chosen = np.random.Generator(np.random.Philox(seed)).permutation(len(sequences)) < number
+    return Sequences.of([items if kept else [] for items, kept in zip(sequences, chosen)])
+
+
 def halves(
     log: Interactions, texts: ItemTexts, *, attribute: str, skip: int, words: int, seed: int
 ) -> tuple[Interactions, Interactions]:
@@ -501,8 +511,9 @@ class Target:
         exp, cfg = self.exp, self.exp.config
         if not mode:
             return Variables(params, self.encoded(name, params))
+        train = few_users(self.domain.split.train, cfg.user_share, exp.seed("few"))
         data = tokens.training_pairs(
-            self.domain.split.train, self.catalogue, cfg.batch_size, buckets=cfg.buckets,
+            train, self.catalogue, cfg.batch_size, buckets=cfg.buckets,
             max_items=cfg.model.max_items, seed=exp.seed("tune-data"), pretraining=False,
         )  # fmt: skip
         epoch = len(data)
@@ -629,7 +640,8 @@ def rank_sasrec(exp: Experiment, domain: Domain) -> PerUser:
     """SASRec with a softmax over all items, which it knows by number."""
     cfg = exp.config.sasrec
     objective = bert4rec.recommender(cfg, "sasrec_ce", domain.split.num_items)
-    data = bert4rec.training_data(cfg, objective, domain.split.train, exp.seed("sasrec-data"))
+    train = few_users(domain.split.train, exp.config.user_share, exp.seed("few"))
+    data = bert4rec.training_data(cfg, objective, train, exp.seed("sasrec-data"))
     seen = exp.config.seen == "removed"
     validation = bert4rec.evaluation_data(cfg, objective, domain.split, "validation", seen=seen)
     fitted = exp.fit("sasrec_ce", objective, data, cfg.train, evaluate={"validation": validation})
