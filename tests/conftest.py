@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, and quick compilation, set before jax starts."""
 
+import gc
 import importlib.metadata
 import os
 import sys
@@ -24,6 +25,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+# Tracing makes many objects and little garbage: at Python's own thresholds a fifth of the time
+# goes into looking for it.
+gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="module", autouse=True)
