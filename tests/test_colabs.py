@@ -15,19 +15,24 @@ pytest.importorskip("ipykernel")
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
-# Trainings that are shorter here than in the notebook: what stands there, and what runs here.
+# Trainings that are shorter here than in the notebook, and networks that are smaller: what stands
+# there, and what runs here.
 SHORTENED = {
     "quickstart": {
         'config = tj.get_config("quickstart")': 'config = tj.get_config("quickstart")\n'
         "for fit in (config.pretrain, config.transfer, config.lora.fit):\n"
-        "    fit.steps = 30",
+        "    fit.steps = 30\n"
+        'config.model.update({"depth": 1, "features": 8})\n'
+        "config.task_vector.shares = (0.5, 1.0)",
         "steps=300, log_every=300": "steps=40, log_every=40",
     },
     "s4": {
-        "config.train.steps = 200": "config.train.steps = 40",
+        "config.train.steps = 200": "config.train.steps = 40\n"
+        'config.model.update({"depth": 1, "features": 8})',
         "config.train.eval_every = 50": "config.train.eval_every = 20",
         "steps=400, eval_every=100, log_every=25": "steps=30, eval_every=10, log_every=10",
         "warmup_steps=20": "warmup_steps=2",
+        "features=64,\n    depth=2": "features=8,\n    depth=1",
     },
     "trees": {"steps=150": "steps=30", "steps=300": "steps=40"},
 }
