@@ -119,6 +119,7 @@ def _scientific(config: ml_collections.ConfigDict, variant: str) -> None:
     config.buckets = (64,)
     config.pretrain.steps = 240
     config.pretrain.eval_every = config.pretrain.checkpoint_every = 80
+    config.tune.optimizer.learning_rate = 1e-3
     config.epochs, config.patience = (5, 2), (2, 2)
     config.runs = ("two_stage", "frozen_items", "scratch", "zero_shot", "random")
     config.sasrec.model.update({"features": 64, "hidden": 256, "num_heads": 2})
