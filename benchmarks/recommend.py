@@ -231,8 +231,9 @@ def fit_ours(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 def fit_recbole(name: str, options: argparse.Namespace) -> dict[str, float]:
     # RecBole and what it imports ask for names that NumPy has given up.
-    for old, new in (("bool8", np.bool_), ("float", float), ("float_", np.float64), ("int", int),
-                     ("complex_", np.complex128)):  # fmt: skip
+    for old, new in {
+        "bool8": np.bool_, "complex_": np.complex128, "float_": np.float64, "unicode_": np.str_,
+    }.items():  # fmt: skip
         if not hasattr(np, old):
             setattr(np, old, new)
     import torch
