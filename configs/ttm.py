@@ -61,7 +61,22 @@ every 16th window, context 96, horizon 24, seed 0 only, two minutes:
     without           0.455 (5 min)   1.228 (1 h)
 
 The prefix gains 0.7 %, which one seed cannot tell from chance. The commands are those of ``etth1``
-with the name of the variant. ``generated`` has only been run with a few steps.
+with the name of the variant.
+
+``generated``: made-up series of three resolutions, a network of 32,336 parameters; MSE over all
+test windows of a series that was not pre-trained on, horizon 24, seeds 0 / 1, two and a half
+minutes of one core:
+
+    method                                 target rows seen    MSE
+    TTM, all parameters tuned              15 %                0.222 / 0.225
+    ridge                                  all                 0.243
+    ridge                                  15 %                0.262
+    TTM, head tuned                        15 %                0.268 / 0.269
+    DLinear                                15 %                0.319 / 0.327
+    TTM from scratch                       15 %                0.345 / 0.340
+    TTM, pre-trained                       none                0.413 / 0.427
+    ridge, fitted where it is pre-trained  none                0.443
+    profile, seasonal-naive, last value    none                0.845, 0.888, 1.234
 """
 
 import dataclasses
