@@ -44,12 +44,11 @@ Easy was required to end within 2 % of the natural order: +1.1, +0.2 and +1.7 %.
 1,500 steps it was +0.5, +2.5 and +1.5 %.)
 
 Of the search among all 120 orders there are only shorter tests with seed 0. Drawn element by
-element (``ancestral``), orders had not collapsed after 800 steps: entropy 2.1 nats, set perplexity 55.7.
-Presumably these draws prefer frequent words, wherever they stand, for only the probabilities of
-what is left are compared. Drawn in proportion to ``p(Y_pi)`` (``exact_sample``), with 4-grams and
-1,000 steps, the natural order was the best for 80 % of the examples and the entropy 0.7 nats, still
-falling.
-``hard`` of this variant, the same with 5-grams, 1,500 steps, is not measured.
+element (``ancestral``), orders had not collapsed after 800 steps: entropy 2.1 nats, set perplexity
+55.7. Presumably these draws prefer frequent words, wherever they stand, for only the probabilities
+of what is left are compared. Drawn in proportion to ``p(Y_pi)`` (``exact_sample``), with 4-grams
+and 1,000 steps, the natural order was the best for 80 % of the examples and the entropy 0.7 nats,
+still falling. ``hard`` of this variant, the same with 5-grams, 1,500 steps, is not measured.
 
 ``lm_orders`` and ``parsing`` were run for a few steps only.
 """
