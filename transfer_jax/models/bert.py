@@ -97,17 +97,19 @@ class Bert(nn.Module):
         self, inputs: Array, token_types: Array | None = None, *, train: bool = False
     ) -> Array:
         """Embedded tokens [B, L, H] of int [B, L]."""
+        types = jnp.zeros_like(inputs) if token_types is None else token_types
+        return self.placed(self.tokens(inputs) + self.token_types(types), train=train)
+
+    def placed(self, x: Array, *, train: bool = False) -> Array:
+        """Sums of embeddings [B, L, H] with that of their positions; norm and dropout."""
         c = self.config
-        length = inputs.shape[1]
+        length = x.shape[1]
         if length + c.position_offset > c.max_positions:
             raise ValueError(
                 f"{length} tokens do not fit: the position table has {c.max_positions} rows, of "
                 f"which the first {c.position_offset} are not used."
             )
-        types = jnp.zeros_like(inputs) if token_types is None else token_types
-        x = self.tokens(inputs) + self.token_types(types)
-        x = x + self.positions(c.position_offset + jnp.arange(length))
-        x = self.embedding_norm(x)
+        x = self.embedding_norm(x + self.positions(c.position_offset + jnp.arange(length)))
         return self.drop(x, deterministic=False) if train else x
 
     def features(

@@ -5,7 +5,7 @@ is the padding.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,13 @@ SCORERS: dict[str, Callable[[Sequences, int], Scorer]] = {
     "markov1": markov,
     "item_knn": item_knn,
 }
+
+
+def check(names: Iterable[str]) -> None:
+    """Raises ``ValueError`` if one of ``names`` is no scorer; it has those there are."""
+    for name in names:
+        if name not in SCORERS:
+            raise ValueError(f"there is no baseline {name!r}; choose from {', '.join(SCORERS)}.")
 
 
 @functools.partial(jax.jit, static_argnames=("ks", "ties"))

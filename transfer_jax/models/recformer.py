@@ -68,21 +68,13 @@ class Recformer(Longformer):
           item_positions: int [B, L], 0 for <s>, k for tokens of the k-th newest item; None = 0.
           train: dropout on.
         """
-        c = self.config
-        length = inputs.shape[1]
-        if length + c.position_offset > c.max_positions:
-            raise ValueError(
-                f"{length} tokens do not fit: the position table has {c.max_positions} rows, of "
-                f"which the first {c.position_offset} are not used."
-            )
-        x = self.tokens(inputs) + self.positions(c.position_offset + jnp.arange(length))
+        x = self.tokens(inputs)
         if self.use_types:
             x = x + self.token_types(jnp.zeros_like(inputs) if token_types is None else token_types)
         if self.use_items:
             places = jnp.zeros_like(inputs) if item_positions is None else item_positions
             x = x + self.item_positions(places)
-        x = self.embedding_norm(x)
-        return self.drop(x, deterministic=False) if train else x
+        return self.placed(x, train=train)
 
     def states(
         self,

@@ -142,11 +142,7 @@ def plan(config: Any) -> tuple[Recommendation, dict[str, jax.ShapeDtypeStruct], 
 def compare(exp: Experiment) -> None:
     """Trains and ranks every model, and says under which protocol."""
     cfg = exp.config
-    for name in cfg.baselines:
-        if name not in counting.SCORERS:
-            raise ConfigError(
-                f"there is no baseline {name!r}; choose from {', '.join(counting.SCORERS)}."
-            )
+    counting.check(cfg.baselines)
     log = read_log(cfg)
     split = leave_one_out(log)
     exp.artifact("items", lambda: [str(name) for name in log.item_names])

@@ -303,11 +303,7 @@ def guard(exp: Experiment, retrieval: Retrieval, names: Sequence[str]) -> None:
 
 def recipe(exp: Experiment) -> None:
     cfg = exp.config
-    for name in cfg.baselines:
-        if name not in counting.SCORERS:
-            raise ConfigError(
-                f"there is no baseline {name!r}; choose from {', '.join(counting.SCORERS)}."
-            )
+    counting.check(cfg.baselines)
     log = read_log(cfg)
     split = leave_one_out(log)
     exp.artifact("items", lambda: [str(name) for name in log.item_names])
