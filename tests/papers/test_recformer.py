@@ -221,8 +221,10 @@ def test_weights_of_a_longformer_are_a_start(tmp_path):
     params = theirs.init(jax.random.key(0), inputs)["params"]
     params["token_types"] = {"embedding": jnp.zeros((1, 8))}
     save_pretrained(tmp_path / "model", theirs, params)
-    overrides = ("model.features=8", "model.hidden=16", "model.window=8", "model.tied=False",
-                 "model.pooling=cls", "model.positions=40", "model.scan=True")  # fmt: skip
+    overrides = (
+        "model.features=8", "model.num_layers=2", "model.hidden=16", "model.window=8",
+        "model.tied=False", "model.pooling=cls", "model.positions=40", "model.scan=True",
+    )  # fmt: skip
     config = apply_overrides(get_config("recformer"), overrides)
     module = recformer.encoder(config, 30)
     read = recformer.longformer_params(str(tmp_path / "model"), module)
@@ -235,6 +237,11 @@ def test_weights_of_a_longformer_are_a_start(tmp_path):
     first = jnp.zeros(inputs.shape, bool).at[:, 0].set(True)
     expected = theirs.apply({"params": params}, inputs, global_mask=first, method="features")
     np.testing.assert_allclose(found, expected[:, 0], atol=1e-5)
+    with pytest.raises(ConfigError, match="has 30 tokens, the tokeniser 31"):
+        recformer.longformer_params(str(tmp_path / "model"), recformer.encoder(config, 31))
+    with pytest.raises(ConfigError, match=r"num_layers=2, but config.model.num_layers=1"):
+        config = apply_overrides(config, ("model.num_layers=1",))
+        recformer.longformer_params(str(tmp_path / "model"), recformer.encoder(config, 30))
 
 
 # -- full scale -----------------------------------------------------------------------------------

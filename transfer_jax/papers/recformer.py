@@ -357,12 +357,24 @@ def longformer_params(path: str, module: Recformer) -> PyTree:
 
     What Longformer does not have (token types and item positions) is left out; a decoder of its own
     begins as the token table.
+
+    Raises:
+      ConfigError: it has other sizes than ``config.model`` or another vocabulary.
     """
     stack = module.config.stack
     read = interop.from_pretrained(
         path, architecture="LongformerForMaskedLM", window=stack.window,
         max_global=stack.max_global, scan=stack.scan,
     )  # fmt: skip
+    for name in ("features", "num_layers", "num_heads"):
+        there, here = (getattr(m.config.stack, name) for m in (read.module, module))
+        if there != here:
+            raise ConfigError(f"{path} has {name}={there}, but config.model.{name}={here}.")
+    if read.module.config.vocab_size != module.config.vocab_size:
+        raise ConfigError(
+            f"{path} has {read.module.config.vocab_size} tokens, the tokeniser "
+            f"{module.config.vocab_size}: give its own with config.tokenizer.kind=files."
+        )
     params = {name: tree for name, tree in read.params.items() if name != "token_types"}
     if not module.tied:
         params["decoder"] = params["tokens"]["embedding"]
