@@ -5,15 +5,13 @@ Items are numbered from 1, so that 0 is padding; users from 0.
 
 import csv
 import dataclasses
-import gzip
-import io
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from transfer_jax.data.texts import open_text, records
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -348,12 +346,6 @@ def sample_negatives(
 # -- readers --------------------------------------------------------------------------------------
 
 
-def _text(path: Path) -> io.TextIOBase:
-    if path.suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(path), encoding="utf-8")
-    return path.open(encoding="utf-8", newline="")
-
-
 def read_table(
     path: str | Path,
     *,
@@ -378,7 +370,7 @@ def read_table(
       ValueError: a column is missing (names those there), or a field is no number (names the row).
     """
     path = Path(path)
-    with _text(path) as file:
+    with open_text(path) as file:
         first = file.readline().rstrip("\r\n")
         delimiter = delimiter or ("\t" if "\t" in first else ",")
         header = [name.split(":")[0] for name in next(csv.reader([first], delimiter=delimiter))]
@@ -426,7 +418,7 @@ def read_pairs(path: str | Path) -> Interactions:
 
 def read_lists(path: str | Path) -> Interactions:
     """Reads one user per line: the items in order of time, between spaces; users are numbered."""
-    with _text(Path(path)) as file:
+    with open_text(Path(path)) as file:
         lists = [line.split() for line in file if line.strip()]
     owners = np.repeat(np.arange(len(lists)), [len(items) for items in lists])
     return Interactions.of(owners, [item for items in lists for item in items])
@@ -443,7 +435,7 @@ def read_movielens(path: str | Path) -> Interactions:
 
 
 def _rows(path: Path, delimiter: str | None, fields: int) -> list[list[str]]:
-    with _text(path) as file:
+    with open_text(path) as file:
         rows = [line.split(delimiter) for line in file if line.strip()]
     if bad := [number for number, row in enumerate(rows, start=1) if len(row) != fields]:
         raise ValueError(f"{path}, line {bad[0]}: {len(rows[bad[0] - 1])} fields, not {fields}.")
@@ -453,39 +445,13 @@ def _rows(path: Path, delimiter: str | None, fields: int) -> list[list[str]]:
 def read_amazon_reviews(path: str | Path) -> Interactions:
     """Reads Amazon reviews, one JSON object per line: of 2014 and 2018, or of 2023."""
     users, items, times, ratings = [], [], [], []
-    for record in _json_lines(Path(path)):
+    for _, record in records(Path(path)):
         new = "user_id" in record  # the release of 2023, in milliseconds
         users.append(record["user_id" if new else "reviewerID"])
         items.append(record["parent_asin" if new else "asin"])
         times.append(record["timestamp"] / 1000 if new else record["unixReviewTime"])
         ratings.append(record["rating" if new else "overall"])
     return Interactions.of(users, items, times, ratings)
-
-
-def read_amazon_items(path: str | Path) -> dict[str, dict[str, str]]:
-    """Reads Amazon's item metadata: name -> ``{"title", "brand", "category"}``, absent ones ""."""
-    found = {}
-    for record in _json_lines(Path(path)):
-        categories = record.get("category") or record.get("categories") or []
-        if categories and isinstance(categories[0], list):  # 2014: a list of paths
-            categories = categories[0]
-        found[str(record.get("asin") or record.get("parent_asin"))] = {
-            "title": str(record.get("title") or ""),
-            "brand": str(record.get("brand") or record.get("store") or ""),
-            "category": " ".join(map(str, categories)),
-        }
-    return found
-
-
-def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    with _text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as e:
-                raise ValueError(f"{path}, line {number} is no JSON: {e}.") from e
 
 
 # -- generated ------------------------------------------------------------------------------------

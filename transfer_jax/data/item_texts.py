@@ -4,18 +4,16 @@ The names of the items are those of ``Interactions.item_names``, so that the tex
 ``[texts[name] for name in log.item_names[1:]]``.
 """
 
-import ast
 import csv
-import gzip
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from transfer_jax.data import named
 from transfer_jax.data.paths import require, require_file
+from transfer_jax.data.texts import open_text, records
 
 # Name of the item -> attribute (title, brand, category, …), in this order -> text.
 ItemTexts = dict[str, dict[str, str]]
@@ -25,11 +23,6 @@ SentenceEncoder = Callable[[list[str]], np.ndarray]
 
 
 # -- readers --------------------------------------------------------------------------------------
-
-
-def _open(path: Path) -> TextIO:
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8", newline="")
 
 
 def table_file(
@@ -57,7 +50,7 @@ def table_file(
         raise ValueError(f"attributes={tuple(attributes)} do not match columns={tuple(columns)}.")
     file_path = require_file(path, "Give the file as --config.texts.options.path=FILE.")
     found: ItemTexts = {}
-    with _open(file_path) as file:
+    with open_text(file_path) as file:
         first = file.readline().rstrip("\r\n")
         tabs = "\t" in first
         options: dict[str, Any] = (
@@ -105,7 +98,7 @@ def amazon_metadata(path: str, untitled: bool = False) -> ItemTexts:
     """
     file_path = require_file(path, "Give the file as --config.texts.options.path=FILE.")
     found: ItemTexts = {}
-    for number, record in _records(file_path):
+    for number, record in records(file_path):
         name = record.get("asin") or record.get("parent_asin")
         if not name:
             raise ValueError(f"{path}, line {number}: neither 'asin' nor 'parent_asin'.")
@@ -120,26 +113,6 @@ def amazon_metadata(path: str, untitled: bool = False) -> ItemTexts:
                 "category": " ".join(map(str, categories)),
             }
     return found
-
-
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number of the line and its object."""
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                try:
-                    record = ast.literal_eval(line.strip())
-                except (ValueError, SyntaxError):
-                    raise ValueError(
-                        f"{path}, line {number} is neither JSON nor a Python literal."
-                    ) from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number} is no object with named fields.")
-            yield number, record
 
 
 _SYLLABLES = np.array([a + b for a in "bdfgklmnprstvz" for b in "aeiou"])

@@ -5,6 +5,7 @@ another XSum and WMT as they are distributed. Texts become tokens elsewhere, wit
 the model (``interop.load_tokenizer``).
 """
 
+import ast
 import csv
 import difflib
 import gzip
@@ -43,9 +44,36 @@ class Labelled(NamedTuple):
 Pairs = list[tuple[str, str]]
 
 
-def _open(path: Path, encoding: str = "utf-8") -> TextIO:
+def open_text(path: Path, encoding: str = "utf-8") -> TextIO:
+    """Opens a text file, which may be a ``.gz``; lines end at newlines alone."""
     opener: Any = gzip.open if path.suffix == ".gz" else open
     return opener(path, "rt", encoding=encoding, newline="\n")
+
+
+def records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number of the line and its object, of a file with one in each line; ``.gz`` too.
+
+    Objects are JSON, or literals of Python, as some older collections have them.
+
+    Raises:
+      ValueError: a line is neither, or has no named fields.
+    """
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                try:
+                    record = ast.literal_eval(line.strip())
+                except (ValueError, SyntaxError):
+                    raise ValueError(
+                        f"{path}, line {number} is neither JSON nor a Python literal."
+                    ) from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number} is no object with named fields.")
+            yield number, record
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -53,15 +81,14 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if suffix not in (".tsv", ".jsonl", ".json"):
         raise ValueError(f"{path} is no table that is read here. {TABLES}")
-    with _open(path) as file:
-        if suffix == ".tsv":  # GLUE's quotes are characters of the texts
-            reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            for row in reader:
-                yield reader.line_num, row
-        else:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, json.loads(line)
+    if suffix != ".tsv":
+        yield from records(path)
+        return
+    with open_text(path) as file:
+        # GLUE's quotes are characters of the texts.
+        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        for row in reader:
+            yield reader.line_num, row
 
 
 def read_columns(path: str | os.PathLike[str], columns: Sequence[str]) -> list[tuple[str, ...]]:
@@ -136,7 +163,7 @@ def read_lines(path: str | os.PathLike[str], encoding: str = "utf-8") -> list[st
       FileNotFoundError: no such file.
     """
     path = require_file(path, "Give the path of a text file.")
-    with _open(path, encoding) as file:
+    with open_text(path, encoding) as file:
         return [line.rstrip("\r\n") for line in file]
 
 
