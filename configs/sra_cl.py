@@ -38,9 +38,10 @@ item_knn          0.1400  0.0895   0.1790  0.0994
   it might still gain.
 * The variant is smaller than the paper's: d = 32, one head, N = 10, batches of 64, k = 5, rate
   3e-3, and means of item vectors in place of a language model's summaries of users. It was chosen
-  for its time: with d = 64 and the rate 1e-3 (seed 0) ``no_cl`` is best at step 900, but ``full``,
-  whose terms slow it down, was still rising after 1200. ``no_cl`` lost nothing by it: 0.0815 there
-  (d = 64, N = 20, 2500 steps). Nothing else was tried.
+  for its time, on seed 0 and with the test numbers of ``no_cl`` in sight: with d = 64 and the rate
+  1e-3 ``no_cl`` is best at step 900, but ``full``, whose terms slow it down, was still rising after
+  1200. ``no_cl`` lost nothing by it: 0.0815 there (d = 64, N = 20, 2500 steps). Nothing else was
+  tried.
 
 ``generated`` (made-up texts, TF-IDF/SVD; 100 s on the same core, seed 0), 600 steps: NDCG@20 0.614
 without terms, 0.538 with them, 0.480 with random retrieval (p = 3e-14 against it); pop 0.087,

@@ -16,7 +16,8 @@ from transfer_jax.objectives.matching import PairMatching
 from transfer_jax.objectives.penalize import LinearFloor, Penalized, PenalizedObjective
 from transfer_jax.objectives.petl import Adapted
 from transfer_jax.objectives.prepared import Generated, Prepared
-from transfer_jax.objectives.recommend import Cloze, NextItem
+from transfer_jax.objectives.recommend import Cloze, NextItem, NextOfPrefix
+from transfer_jax.objectives.recommend_contrastive import Contrasted
 from transfer_jax.objectives.reparameterize import LowRank, ReparameterizedObjective, Trainable
 from transfer_jax.objectives.seq2seq import Seq2Seq
 from transfer_jax.objectives.tasks import (
@@ -35,6 +36,7 @@ __all__ = [
     "BitLabelling",
     "Classification",
     "Cloze",
+    "Contrasted",
     "Distilled",
     "DistilledObjective",
     "EntireSpace",
@@ -47,6 +49,7 @@ __all__ = [
     "Mean",
     "ModuleObjective",
     "NextItem",
+    "NextOfPrefix",
     "NextToken",
     "Objective",
     "PairMatching",
