@@ -134,10 +134,18 @@ def test_a_strength_of_zero_is_fine_tuning_bit_for_bit():
         Penalized(inner=start, anchor=params, fisher=fisher, strength=0.0),
         Penalized(inner=start, anchor=params, strength=0.0, penalty_step="proximal"),
     )
-    # With Adam the compiler fuses the update otherwise, and the last bit may differ.
+    batch = toy.source(8).take(np.arange(8))
+
+    def update(way):  # operation by operation: how the compiler fuses may change the last bit
+        slope = jax.grad(lambda p: way.loss(Variables(p, {}), batch, KEY)[0])(params)
+        return way.proximal(jax.tree.map(lambda p, g: p - 0.1 * g, params, slope), 0.1)
+
+    plain, *others = map(update, ways)
+    assert all(toy.leaves_equal(plain, other) for other in others)
     config = FitConfig(steps=4, optimizer=OptimizerConfig(name="sgd", learning_rate=1e-1))
     plain, *others = (fit(w, toy.train_data(), config, layout=single()).params for w in ways)
-    assert all(toy.leaves_equal(plain, other) for other in others)
+    for other in others:
+        close(plain, other, atol=1e-7)
 
 
 def test_distillation_by_hand(world):
