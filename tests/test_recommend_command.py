@@ -8,6 +8,7 @@ import pytest
 
 from transfer_jax import cli, recommendation
 from transfer_jax.configuration import apply_overrides, get_config
+from transfer_jax.data import recommend
 from transfer_jax.data.interactions import leave_one_out
 from transfer_jax.papers import bert4rec
 from transfer_jax.training import Experiment, Layout, load_variables, make_mesh
@@ -29,7 +30,7 @@ def workdir(tmp_path_factory):
     exp = Experiment(apply_overrides(get_config("bert4rec"), SHORT), path)
     exp.layout = Layout(make_mesh(devices=jax.devices()[:1]))  # compiles sooner
     cfg = exp.config
-    log = bert4rec.read_log(cfg)
+    log = recommend.load_log(cfg.data.name, **cfg.data.options).by_frequency()
     exp.artifact("items", lambda: [str(name) for name in log.item_names])
     for name in cfg.models:
         objective = bert4rec.recommender(cfg, name, log.num_items)

@@ -105,7 +105,7 @@ def test_popularity_is_a_count():
 
 
 def test_logs_by_name(tmp_path, monkeypatch):
-    walks = recommend.load_log("random_walks", users=5, items=7, length=6)
+    walks = recommend.load_log("random_walks", users=5, items=7, length=6, seed=None)
     assert len(walks) == 30 and walks.num_users == 5
     path = tmp_path / "log.csv"
     path.write_text("user_id,item_id\na,x\na,y\n")

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from transfer_jax import recommendation
 from transfer_jax.configuration import ConfigError, apply_overrides, get_config
+from transfer_jax.data import recommend
 from transfer_jax.objectives.recommend import NextOfPrefix
 from transfer_jax.objectives.recommend_contrastive import Contrasted
 from transfer_jax.papers import sra_cl
@@ -94,7 +95,7 @@ def test_other_tables_are_refused(run, monkeypatch):
 def test_lists_are_made_without_tables(run, tmp_path):
     workdir, _ = run
     exp = experiment(workdir)
-    log = sra_cl.read_log(exp.config)
+    log = recommend.load_log(exp.config.data.name, **exp.config.data.options).by_frequency()
     plan = recommendation.plan(workdir, log, "full")
     recommendation.export(plan, tmp_path / "lists.csv", k=3)
     with (tmp_path / "lists.csv").open() as file:

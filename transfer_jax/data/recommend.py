@@ -331,10 +331,11 @@ def load_log(name: str, **options: Any) -> Interactions:
 
     Args:
       name: a key of ``LOGS``.
-      **options: arguments of that function.
+      **options: arguments of that function; None = not given.
 
     Raises:
       ValueError: no such log; has the nearest names.
       TypeError: an option that it does not have; has those there are.
     """
-    return named.call("interaction log", LOGS, name, **options)
+    given = {option: value for option, value in options.items() if value is not None}
+    return named.call("interaction log", LOGS, name, **given)

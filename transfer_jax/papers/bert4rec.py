@@ -26,7 +26,7 @@ import numpy as np
 
 from transfer_jax.configuration import ConfigError
 from transfer_jax.data import recommend
-from transfer_jax.data.interactions import Interactions, LeaveOneOut, Sequences, leave_one_out
+from transfer_jax.data.interactions import LeaveOneOut, Sequences, leave_one_out
 from transfer_jax.data.pipeline import Pipeline
 from transfer_jax.data.sources import ArraySource
 from transfer_jax.metrics.ranking import Protocol
@@ -94,12 +94,6 @@ def recommender(config: Any, name: str, num_items: int) -> Recommendation:
     return cls(**{**common, **section, **fields})
 
 
-def read_log(config: Any) -> Interactions:
-    """The config's log, its items numbered by frequency."""
-    options = {name: v for name, v in config.data.options.items() if v is not None}
-    return recommend.load_log(config.data.name, **options).by_frequency()
-
-
 def training_data(config: Any, objective: Recommendation, train: Sequences, seed: int) -> Pipeline:
     """Endless shuffled windows, one item longer where the next item is to be predicted."""
     m = objective.module
@@ -143,7 +137,7 @@ def compare(exp: Experiment) -> None:
     """Trains and ranks every model, and says under which protocol."""
     cfg = exp.config
     counting.check(cfg.baselines)
-    log = read_log(cfg)
+    log = recommend.load_log(cfg.data.name, **cfg.data.options).by_frequency()
     split = leave_one_out(log)
     exp.artifact("items", lambda: [str(name) for name in log.item_names])
     train = split.history("test") if cfg.train_on_validation else split.train
@@ -298,7 +292,7 @@ def ring(exp: Experiment) -> None:
     """Random walks on a ring: what both sides of a mask are worth, against the Bayes accuracy."""
     cfg = exp.config
     users = cfg.data.options.users
-    log = read_log(cfg)
+    log = recommend.load_log(cfg.data.name, **cfg.data.options).by_frequency()
     walks = log.sequences().items.reshape(users, -1)
     train, test = walks[: -cfg.test_users], walks[-cfg.test_users :]
     length = walks.shape[1]

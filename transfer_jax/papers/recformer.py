@@ -209,10 +209,9 @@ def amazon(
 
 def read_data(section: Any) -> tuple[Interactions, ItemTexts]:
     """The log and the texts of a config's section ``data``."""
-    options = {name: v for name, v in section.options.items() if v is not None}
     if section.name == "amazon":
-        return amazon(**options)
-    log = recommend.load_log(section.name, **options)
+        return amazon(**{name: v for name, v in section.options.items() if v is not None})
+    log = recommend.load_log(section.name, **section.options)
     return log, item_texts.load_item_texts(section.texts.name, **section.texts.options)
 
 

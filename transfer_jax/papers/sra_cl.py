@@ -149,12 +149,6 @@ def plan(config: Any) -> tuple[NextOfPrefix | Contrasted, dict[str, Any], FitCon
 # -- data -----------------------------------------------------------------------------------------
 
 
-def read_log(config: Any) -> Interactions:
-    """The config's log, its items numbered by frequency."""
-    options = {name: v for name, v in config.data.options.items() if v is not None}
-    return recommend.load_log(config.data.name, **options).by_frequency()
-
-
 def item_vectors(config: Any, log: Interactions) -> tuple[np.ndarray, str]:
     """The items' vectors [n + 1, D], row 0 being zero, and in words what they are.
 
@@ -304,7 +298,7 @@ def guard(exp: Experiment, retrieval: Retrieval, names: Sequence[str]) -> None:
 def recipe(exp: Experiment) -> None:
     cfg = exp.config
     counting.check(cfg.baselines)
-    log = read_log(cfg)
+    log = recommend.load_log(cfg.data.name, **cfg.data.options).by_frequency()
     split = leave_one_out(log)
     exp.artifact("items", lambda: [str(name) for name in log.item_names])
     module = recommender(cfg, cfg.models[0], log.num_items).module
