@@ -7,6 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from transfer_jax.training import keep_memory
+
+keep_memory()  # as every run does; whichever side this process measures
+
 
 def resident() -> float:
     """MiB of this process now."""

@@ -29,6 +29,7 @@ import transfer_jax
 from transfer_jax import configuration
 from transfer_jax.configuration import ConfigError
 from transfer_jax.training.files import as_path
+from transfer_jax.training.host import keep_memory
 
 OK, FAILED, USAGE, PREEMPTED = 0, 1, 2, 75
 
@@ -360,6 +361,7 @@ def run_experiment(options: argparse.Namespace, overrides: list[str], program: l
         return _run_processes(child, options.processes, gpus, options.coordinator)
     if options.launched_by:
         _stop_with_parent()
+    keep_memory()
     code = _guarded(options.debug, lambda: _run_job(options, config, workdir, typed))
     if code not in (OK, PREEMPTED):
         _leave_job(code)
@@ -649,6 +651,7 @@ def _planned(
     if options.dry_run:
         print(f"out: {options.out}\ndry run: nothing was computed or written")
         return OK
+    keep_memory()
     return _guarded(options.debug, run)
 
 

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from transfer_jax.training.checkpoint import load_variables
     from transfer_jax.training.config import FitConfig, OptimizerConfig, base_config, fit_config
     from transfer_jax.training.experiment import Experiment
+    from transfer_jax.training.host import keep_memory
     from transfer_jax.training.loop import Fitted, NonFiniteError, Preempted, evaluate, fit
     from transfer_jax.training.report import print_results, write_report
     from transfer_jax.training.sharding import Layout, make_mesh
@@ -25,6 +26,7 @@ _HOME = {
     "evaluate": "loop",
     "fit": "loop",
     "fit_config": "config",
+    "keep_memory": "host",
     "load_variables": "checkpoint",
     "make_mesh": "sharding",
     "print_results": "report",
@@ -34,8 +36,8 @@ _HOME = {
 
 __all__ = [
     "Experiment", "FitConfig", "Fitted", "Layout", "NonFiniteError", "OptimizerConfig", "Preempted",
-    "base_config", "evaluate", "fit", "fit_config", "load_variables", "make_mesh", "print_results",
-    "read_metrics", "write_report",
+    "base_config", "evaluate", "fit", "fit_config", "keep_memory", "load_variables", "make_mesh",
+    "print_results", "read_metrics", "write_report",
 ]  # fmt: skip
 
 
