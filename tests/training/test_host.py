@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tests.children import environment
 
 # Minor page faults of a step with 95 MiB of temporaries: the median of ten. Steps may overlap with
