@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import importlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,27 @@ COLUMNS = ("user_id", "item_id", "rank", "score")
 
 
 @dataclasses.dataclass(frozen=True)
+class Served:
+    """A trained model, for export.
+
+    Attributes:
+      objective: its ``predict`` gives scores [U, R], of which columns 1 … n are items.
+      variables: of the objective.
+      inputs: the histories of U users, oldest items first, to the batch that ``predict`` reads.
+    """
+
+    objective: Any
+    variables: Any
+    inputs: Callable[[Sequences], Mapping[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What an export will do.
 
     Attributes:
       config: of the work directory.
-      stage: directory of the trained model.
+      path: directory of the trained model.
       model: its name.
       item_names: [n + 1], as the model numbers them; of the padding, "".
       users: names of the users with a known item, [U].
@@ -34,7 +50,7 @@ class Plan:
     """
 
     config: Any
-    stage: Path
+    path: Path
     model: str
     item_names: list[str]
     users: np.ndarray
@@ -47,7 +63,7 @@ class Plan:
         """What ``--dry_run`` prints."""
         return "\n".join(
             [
-                f"model: {self.model} of {self.stage}",
+                f"model: {self.model} of {self.path}",
                 f"items: {len(self.item_names) - 1:,}",
                 f"interactions: {self.lines:,}, of them {self.unknown_lines:,} of items that the "
                 "model does not know",
@@ -60,7 +76,8 @@ def plan(workdir: Path, log: Interactions, model: str | None = None) -> Plan:
     """Reads what a finished run says of its items, and numbers a log accordingly.
 
     Args:
-      workdir: of a run of ``bert4rec`` or of another recipe whose module has ``recommender``.
+      workdir: of a run of ``bert4rec`` or of another recipe whose module has ``recommender``, or
+        ``saved_models`` and ``serve``.
       log: interactions of the users to recommend to, old and new.
       model: one of those that the run has trained; None = the first.
 
@@ -72,13 +89,19 @@ def plan(workdir: Path, log: Interactions, model: str | None = None) -> Plan:
         config = config_from_json((workdir / "config.json").read_text())
     except FileNotFoundError:
         raise ConfigError(f"{workdir} is no work directory: it has no config.json.") from None
-    if not hasattr(_recipe(config), "recommender"):
+    recipe = _recipe(config)
+    if not (hasattr(recipe, "recommender") or hasattr(recipe, "serve")):
         raise ConfigError(
             f"{workdir} is a run of {config.recipe!r}, which recommends nothing; 'recommend' is "
             "for runs of recommenders, such as bert4rec."
         )
     items = workdir / "artifacts" / "items.json"
-    finished = sorted(p.parent.name for p in (workdir / "stages").glob("*/summary.json"))
+    if hasattr(recipe, "serve"):
+        finished = recipe.saved_models(config, workdir)
+    else:
+        stages = {p.parent.name: p.parent for p in (workdir / "stages").glob("*/summary.json")}
+        order = [*(n for n in config.models if n in stages), *sorted(stages)]
+        finished = {name: stages[name] for name in order}
     if not finished:
         raise ConfigError(f"no model in {workdir} is trained to its end; run the experiment first.")
     if not items.exists():
@@ -86,8 +109,7 @@ def plan(workdir: Path, log: Interactions, model: str | None = None) -> Plan:
             f"{workdir} has no list of items (artifacts/items.json): what it ran, "
             f"config.task={config.get('task')!r}, does not recommend."
         )
-    trained = [name for name in config.models if name in finished]
-    model = model or (trained or finished)[0]
+    model = model or next(iter(finished))
     if model not in finished:
         raise ConfigError(
             f"{workdir} has no trained model {model!r}; choose from {', '.join(finished)}."
@@ -106,7 +128,7 @@ def plan(workdir: Path, log: Interactions, model: str | None = None) -> Plan:
     users = np.flatnonzero(counts)
     return Plan(
         config=config,
-        stage=workdir / "stages" / model,
+        path=finished[model],
         model=model,
         item_names=names,
         users=log.user_names[users],
@@ -166,7 +188,7 @@ def export(
 
     from transfer_jax.metrics import ranking
     from transfer_jax.objectives.recommend import NEVER
-    from transfer_jax.training import Layout, load_variables, make_mesh
+    from transfer_jax.training import Layout, make_mesh
 
     count = len(plan.item_names) - 1
     if not 1 <= k <= count:
@@ -177,10 +199,10 @@ def export(
         raise ConfigError(
             f"{shards} shards of the items do not divide the {jax.device_count()} device(s)."
         )
-    objective = _recipe(plan.config).recommender(plan.config, plan.model, count)
     rules = tuple((p, PartitionSpec(*spec)) for p, spec in plan.config.sharding.rules)
     layout = Layout(make_mesh({"model": shards}), rules)
-    variables = load_variables(plan.stage, layout=layout)
+    serve = getattr(_recipe(plan.config), "serve", None)
+    served = serve(plan.config, plan.path, layout) if serve else _by_number(plan, layout)
     batch_size = -(-batch_size // layout.batch_devices) * layout.batch_devices
 
     @jax.jit
@@ -188,7 +210,6 @@ def export(
         scores = objective.predict(variables, batch)
         return ranking.top_k(scores, k, excluded=batch.get("seen"), groups=shards)
 
-    m = objective.module
     width = max(1, int(plan.history.lengths.max()))
     lines = 0
     partial = out.with_name(f"{out.name}.partial")
@@ -199,14 +220,10 @@ def export(
             users = np.arange(start, min(start + batch_size, len(plan.users)))
             rows = np.concatenate([users, np.repeat(users[-1:], batch_size - len(users))])
             history = select(plan.history, rows)
-            batch = {
-                "inputs": histories(
-                    history, m.max_length, side=m.alignment, mask_id=objective.mask_id
-                )
-            }
+            batch = dict(served.inputs(history))
             if not keep_seen:
                 batch["seen"] = history.padded(width, fill=-1)
-            found = best(objective, variables, layout.place_batch(batch))
+            found = best(served.objective, served.variables, layout.place_batch(batch))
             scores, items = map(np.asarray, found)
             for row, user in enumerate(users):
                 offered = scores[row] > NEVER / 2
@@ -217,3 +234,18 @@ def export(
                     lines += 1
     partial.replace(out)
     return lines
+
+
+def _by_number(plan: Plan, layout: Any) -> Served:
+    """A model of item numbers."""
+    from transfer_jax.training import load_variables
+
+    build = _recipe(plan.config).recommender
+    objective = build(plan.config, plan.model, len(plan.item_names) - 1)
+    m = objective.module
+
+    def inputs(history: Sequences) -> dict[str, np.ndarray]:
+        options = {"side": m.alignment, "mask_id": objective.mask_id}
+        return {"inputs": histories(history, m.max_length, **options)}
+
+    return Served(objective, load_variables(plan.path, layout=layout), inputs)

@@ -182,6 +182,32 @@ def pack_sequence(
     }
 
 
+def pack_histories(
+    catalogue: Catalogue, history: Sequences, *, length: int, max_items: int = 50
+) -> Example:
+    """The tokens of many histories, padded to ``length``; see ``pack_sequence``.
+
+    Returns:
+      int32 ``inputs``, ``token_types`` and ``item_positions`` [U, T]; ``lengths`` [U].
+    """
+    packed = [
+        pack_sequence(catalogue, items, length=length, max_items=max_items) for items in history
+    ]
+    shape = (len(packed), length)
+    batch = {name: np.full(shape, pad, np.int32) for name, pad in _padding(catalogue).items()}
+    for row, example in enumerate(packed):
+        for name, array in example.items():
+            batch[name][row, : len(array)] = array
+    return {**batch, "lengths": np.array([len(e["inputs"]) for e in packed], np.int32)}
+
+
+def _padding(catalogue: Catalogue) -> dict[str, int]:
+    return {
+        "inputs": catalogue.pad, "token_types": PADDING,
+        "item_positions": 0,  # of padding, that is masked
+    }  # fmt: skip
+
+
 def longest_history(
     catalogue: Catalogue, items: np.ndarray, *, length: int, max_items: int = 50
 ) -> int:
@@ -296,8 +322,5 @@ def _bucketed(
     source: Any, lengths: np.ndarray, catalogue: Catalogue, buckets: Sequence[int],
     batch_size: int, **options: Any,
 ) -> Pipeline:  # fmt: skip
-    padding = {
-        "inputs": catalogue.pad, "token_types": PADDING,
-        "item_positions": 0,  # of padding, that is masked
-    }  # fmt: skip
-    return bucketed(source, lengths, tuple(buckets), batch_size, values=padding, **options)
+    values = _padding(catalogue)
+    return bucketed(source, lengths, tuple(buckets), batch_size, values=values, **options)

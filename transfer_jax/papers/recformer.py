@@ -49,7 +49,8 @@ from transfer_jax.models.recformer import TOKEN_TYPES, Recformer
 from transfer_jax.objectives import Objective, Trainable, Variables, WarmStart
 from transfer_jax.objectives.recformer import ONCE, FineTuning, PreTraining
 from transfer_jax.papers import bert4rec
-from transfer_jax.training import Experiment, FitConfig, load_variables, read_metrics
+from transfer_jax.recommendation import Served
+from transfer_jax.training import Experiment, FitConfig, Layout, load_variables, read_metrics
 from transfer_jax.training.checkpoint import read_tree
 from transfer_jax.training.config import from_dict
 
@@ -64,6 +65,7 @@ RUNS = {
 }
 BASELINES = (*counting.SCORERS, "tfidf", "sasrec_ce")
 MONITOR = "validation/ndcg@10"
+SAVED = "model-"  # artifacts with the variables of a run
 # What predicts masked words, which fine-tuning does not do.
 HEAD = "transform|transform_norm|decoder|output_bias"
 
@@ -88,11 +90,13 @@ class Domain:
 
     Attributes:
       split: leave one out; items that are to be cold occur as test items alone.
+      names: of the items, [n + 1]; of the padding, "".
       items: attributes of the items 1 … n.
       warm: bool [n + 1], items that occur in a training history.
     """
 
     split: LeaveOneOut
+    names: list[str]
     items: list[dict[str, str]]
     warm: np.ndarray
 
@@ -110,7 +114,8 @@ class Domain:
         """
         split = hide_items(leave_one_out(log), cold, seed)
         counts = interactions.item_counts(split.train, split.num_items)
-        return cls(split, item_texts.of_items(texts, log.item_names[1:]), counts > 0)
+        names = [str(name) for name in log.item_names]
+        return cls(split, names, item_texts.of_items(texts, names[1:]), counts > 0)
 
     def sentences(self, warm: bool = False) -> list[str]:
         """The items' texts, or those of warm items alone, names of attributes included."""
@@ -315,7 +320,7 @@ def pretraining(config: Any, module: Recformer, begins: Any, mask_id: int) -> Pr
 def fine_tuning(
     config: Any, module: Recformer, catalogue: Any, num_items: int, **fields: Any
 ) -> FineTuning:
-    """The objective of fine-tuning, and of ranking."""
+    """The objective of fine-tuning, and of ranking; ``catalogue`` as ``FineTuning`` has it."""
     return FineTuning(
         module=module, catalogue=catalogue, num_items=num_items, temperature=config.temperature,
         chunk=config.chunk, negatives=config.negatives.kind, count=config.negatives.count,
@@ -490,9 +495,9 @@ class Target:
     catalogue: Catalogue
 
     def objective(self, **fields: Any) -> FineTuning:
-        cfg, rows = self.exp.config, self.catalogue.rows(self.exp.config.chunk)
-        arrays = {name: jnp.asarray(array) for name, array in rows.items()}
-        return fine_tuning(cfg, self.module, arrays, self.catalogue.num_items, **fields)
+        cfg = self.exp.config
+        rows = jax.tree.map(jnp.asarray, self.catalogue.rows(cfg.chunk))
+        return fine_tuning(cfg, self.module, rows, self.catalogue.num_items, **fields)
 
     def histories(self, name: str, seen: bool) -> Pipeline:
         """The users of a split."""
@@ -693,6 +698,8 @@ def compare(exp: Experiment) -> None:
     module = encoder(cfg, tokenizer.vocab_size)
     params = pretrain(exp, module, tokenizer, source, source)
     target = Target(exp, module, domain, catalogue_of(cfg, domain, tokenizer))
+    exp.artifact("items", lambda: domain.names)
+    exp.artifact("catalogue", lambda: dataclasses.asdict(target.catalogue))
     exp.record("parameters of the encoder", sum(x.size for x in jax.tree.leaves(params["start"])))
     exp.record("pre-trained on interactions", len(source.split.train.items))
 
@@ -703,6 +710,7 @@ def compare(exp: Experiment) -> None:
     for name in cfg.runs:
         start, mode = RUNS[name]
         variables = target.tune(name, mode, params[start])
+        exp.artifact(f"{SAVED}{name}", variables._asdict)
         found[name] = rank_users(exp, name, target.objective(), variables, test)
         if line := target.history(name):
             curves[name] = line
@@ -720,6 +728,35 @@ def compare(exp: Experiment) -> None:
         histories = recommend.evaluation(domain.split, "test", 1, seen=seen)
         found[name] = rank_scores(cfg, scorer, histories)
     _report(exp, domain, found, curves)
+
+
+def saved_models(config: Any, workdir: Path) -> dict[str, Path]:
+    """The finished runs that ``transfer-jax recommend`` can use, and where they are kept."""
+    paths = {name: workdir / "artifacts" / f"{SAVED}{name}" for name in config.get("runs", ())}
+    return {name: path for name, path in paths.items() if path.exists()}
+
+
+def serve(config: Any, path: Path, layout: Layout) -> Served:
+    """A finished run with the catalogue that it was tested on, for ``transfer-jax recommend``.
+
+    Args:
+      config: of the run.
+      path: see ``saved_models``.
+      layout: where its arrays go.
+    """
+    variables = Variables(**read_tree(path, layout))
+    saved = read_tree(path.parent / "catalogue")
+    catalogue = Catalogue(
+        np.asarray(saved["tokens"]), np.asarray(saved["types"]), np.asarray(saved["lengths"]),
+        start=int(saved["start"]), pad=int(saved["pad"]),
+    )  # fmt: skip
+    module = encoder(config, len(variables.params["tokens"]["embedding"]))
+    rows = catalogue.rows(config.chunk)
+    objective = layout.place(fine_tuning(config, module, rows, catalogue.num_items))
+    options = {"length": config.buckets[-1], "max_items": config.model.max_items}
+    return Served(
+        objective, variables, lambda history: tokens.pack_histories(catalogue, history, **options)
+    )
 
 
 def paired(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
