@@ -89,6 +89,47 @@ def test_decoding_chunk_by_chunk_is_the_whole_pass(decoder, scan):
     np.testing.assert_allclose(decode(params), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("form", ["decoder", "masked", "scanned", "window"])
+def test_chosen_positions_are_those_of_the_whole_pass(form, norm_first):
+    changes = {
+        "decoder": {"remat": True},
+        "masked": {"causal": False, "cross_attention": False, "relative_buckets": None},
+        "scanned": {"scan": True},
+        "window": {"causal": False, "relative_buckets": None, "window": 2},
+    }[form]  # fmt: skip
+    stack = TransformerStack(dataclasses.replace(DECODER, norm_first=norm_first, **changes))
+    options = {"context": CONTEXT, "context_lengths": CONTEXT_LENGTHS}
+    if form == "masked":
+        options = {"mask": jax.random.bernoulli(jax.random.key(3), 0.6, (B, 1, L, L))}
+        options["mask"] |= jnp.eye(L, dtype=bool)
+    lengths, where = jnp.array([7, 4]), jnp.array([[6, 2, 2], [0, 3, 1]])
+    params = stack.init(jax.random.key(2), X, **options)["params"]
+
+    def chosen(params, x):
+        y = stack.apply({"params": params}, x, lengths=lengths, where=where, **options)
+        return jnp.sum(jnp.sin(y)), y
+
+    def whole(params, x):
+        y = stack.apply({"params": params}, x, lengths=lengths, **options)
+        y = jnp.take_along_axis(y, where[..., None], axis=1)
+        return jnp.sum(jnp.sin(y)), y
+
+    programs = [
+        jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True)).lower(params, X).compile()
+        for f in (chosen, whole)
+    ]
+    (grads, y), (expected_grads, expected) = (program(params, X) for program in programs)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, expected_grads
+    )
+    less, all_of_it = (program.cost_analysis()["flops"] for program in programs)
+    assert less < 0.95 * all_of_it or form in ("scanned", "window")
+    with pytest.raises(ValueError, match="of all positions"):
+        stack.apply({"params": params}, X, where=where, hidden_states=True, **options)
+
+
 def test_hidden_states_are_those_of_shorter_stacks(decoder):
     stack, params, run = decoder
     y, states = stack.apply(

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from transfer_jax.nn.blocks import ACTIVATIONS
 from transfer_jax.nn.recurrent import GRU
-from transfer_jax.nn.transformer import TransformerConfig, TransformerStack, make_norm
+from transfer_jax.nn.transformer import TransformerConfig, TransformerStack, make_norm, take_at
 
 Array = jax.Array
 
@@ -123,22 +123,25 @@ class SequentialRecommender(nn.Module, kw_only=True):
         x = self.embedding_norm(x)
         return self.drop(x, deterministic=False) if train else x
 
-    def encode(self, inputs: Array, *, train: bool = False) -> Array:
-        """Hidden states [B, L, d] of items int [B, L]."""
-        return self.encode_embedded(self.embed(inputs, train=train), inputs > 0, train=train)
+    def encode(self, inputs: Array, where: Array | None = None, *, train: bool = False) -> Array:
+        """Hidden states [B, L, d] of items int [B, L]; or [B, P, d] at ``where``, int [B, P]."""
+        x = self.embed(inputs, train=train)
+        return self.encode_embedded(x, inputs > 0, where, train=train)
 
-    def encode_embedded(self, x: Array, valid: Array, *, train: bool = False) -> Array:
+    def encode_embedded(
+        self, x: Array, valid: Array, where: Array | None = None, *, train: bool = False
+    ) -> Array:
         """As ``encode`` for embeddings [B, L, d], of which those of ``valid`` [B, L] are items."""
         if self.encoder == "gru":
             for layer in self.body:
                 x = layer(x)  # padding comes last, and is read by nothing before it
                 x = self.drop(x, deterministic=False) if train else x
-            return x
+            return x if where is None else take_at(x, where)
         if self.alignment == "left":
             lengths = jnp.maximum(valid.sum(axis=1), 1)  # a row of padding sees something too
-            return self.body(x, lengths=lengths, train=train)
+            return self.body(x, lengths=lengths, where=where, train=train)
         seen = valid[:, None, :] | jnp.eye(x.shape[1], dtype=bool)
-        return self.body(x, mask=seen[:, None], train=train)
+        return self.body(x, mask=seen[:, None], where=where, train=train)
 
     def queries(self, hidden: Array) -> Array:
         """The head: hidden states [..., d] to what the items are multiplied with, [..., d]."""
@@ -148,13 +151,11 @@ class SequentialRecommender(nn.Module, kw_only=True):
 
     def queries_at(self, inputs: Array, where: Array, *, train: bool = False) -> Array:
         """Queries [B, P, d] at positions ``where``, int [B, P], of items int [B, L]."""
-        hidden = self.encode(inputs, train=train)
-        return self.queries(jnp.take_along_axis(hidden, where[..., None], axis=1))
+        return self.queries(self.encode(inputs, where, train=train))
 
     def represent(self, inputs: Array, *, train: bool = False) -> Array:
         """The hidden state of the last item, [B, d]: what stands for the sequence."""
-        hidden = self.encode(inputs, train=train)
-        return jnp.take_along_axis(hidden, last_position(inputs)[:, None, None], axis=1)[:, 0]
+        return self.encode(inputs, last_position(inputs)[:, None], train=train)[:, 0]
 
     def __call__(
         self, inputs: Array, *, lengths: Array | None = None, train: bool = False

@@ -189,6 +189,7 @@ class Attention(nn.Module):
         lengths: Array | None = None,
         bias: Array | None = None,
         mask: Array | None = None,
+        positions: Array | None = None,
         train: bool = False,
     ) -> Array:
         """Attends from ``inputs`` to ``context``.
@@ -199,16 +200,23 @@ class Attention(nn.Module):
           lengths: int [B], valid positions of what is attended to.
           bias: added to the scaled products, broadcastable to [B, heads, L, S].
           mask: bool, broadcastable to [B, heads, L, S]; False is not seen.
+          positions: int [B, L], where in the context the inputs stand; None = 0, 1, ….
           train: dropout on.
 
         Returns:
           [B, L, H].
         """
-        query, key, value = self._project(inputs, inputs if context is None else context, 0)
+        context, causal = inputs if context is None else context, self.causal
+        if positions is not None:
+            if self.rotary:
+                raise ValueError("rotary attention has no inputs at chosen positions")
+            if causal:
+                before = jnp.arange(context.shape[1]) <= positions[:, None, :, None]
+                mask, causal = before if mask is None else mask & before, False
+        query, key, value = self._project(inputs, context, 0)
         y = self.attend(
-            query, key, value, bias=bias, mask=mask, lengths=lengths,
-            causal=self.causal, train=train,
-        )  # fmt: skip
+            query, key, value, bias=bias, mask=mask, lengths=lengths, causal=causal, train=train
+        )
         return self.out(y)
 
     def cross(

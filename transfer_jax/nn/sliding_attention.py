@@ -43,6 +43,7 @@ class SlidingAttention(Attention):
         lengths: Array | None = None,
         bias: Array | None = None,
         mask: Array | None = None,
+        positions: Array | None = None,
         global_mask: Array | None = None,
         train: bool = False,
     ) -> Array:
@@ -54,6 +55,7 @@ class SlidingAttention(Attention):
           lengths: int [B], valid positions.
           bias: None.
           mask: None.
+          positions: None.
           global_mask: bool [B, L], which tokens are global; None = none.
           train: dropout on.
 
@@ -61,11 +63,11 @@ class SlidingAttention(Attention):
           [B, L, H]. Where an example has more than ``max_global`` global tokens, NaN.
 
         Raises:
-          ValueError: there is a context, bias or mask; or more global tokens than ``max_global``,
-            where that can be seen before the computation runs.
+          ValueError: one of what must be None is not; or there are more global tokens than
+            ``max_global``, where that can be seen before the computation runs.
         """
-        if context is not None or bias is not None or mask is not None:
-            raise ValueError("attention within a window takes no context, bias or mask")
+        if any(given is not None for given in (context, bias, mask, positions)):
+            raise ValueError("attention within a window takes no context, bias, mask or positions")
         query, (key, value) = self.query(inputs), self.project(inputs)
         batch, length = inputs.shape[:2]
         valid = jnp.ones((batch, length), bool)

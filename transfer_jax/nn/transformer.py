@@ -200,6 +200,7 @@ class TransformerLayer(nn.Module):
         context: Array | None = None,
         context_lengths: Array | None = None,
         global_mask: Array | None = None,
+        where: Array | None = None,
         train: bool = False,
     ) -> Array:
         """Maps [B, L, H] to [B, L, H].
@@ -213,6 +214,7 @@ class TransformerLayer(nn.Module):
           context: [B, S, H] for the cross-attention.
           context_lengths: int [B], valid positions of ``context``.
           global_mask: bool [B, L], with a window: tokens that see and are seen by all.
+          where: int [B, P], positions to compute, without a window; gives [B, P, H]. They see all.
           train: dropout on.
         """
         del layer
@@ -221,6 +223,12 @@ class TransformerLayer(nn.Module):
             options["global_mask"] = global_mask
         elif global_mask is not None:
             raise ValueError("global_mask is for layers with a window; here all tokens see all")
+
+        if where is not None:
+            seen = self.attention_norm(inputs) if self.config.norm_first else inputs
+            options.update(mask=_rows_at(mask, where), bias=_rows_at(bias, where))
+            options.update(context=seen, positions=where)
+            inputs = take_at(inputs, where)
 
         def attend(x: Array) -> Array:
             return self.attention(x, **options)
@@ -286,6 +294,19 @@ class TransformerLayer(nn.Module):
             x = self._residual(x, self.cross_attention_norm, cross, False)
         x = self._residual(x, self.mlp_norm, self.mlp, False)
         return x, LayerCache(own[0], cache.context)
+
+
+def take_at(x: Array, where: Array) -> Array:
+    """Positions ``where``, int [B, P], of [B, L, H]: [B, P, H]."""
+    return jnp.take_along_axis(x, where[..., None], axis=1)
+
+
+def _rows_at(scores: Array | None, where: Array) -> Array | None:
+    """Rows ``where`` [B, P] of what can be broadcast to [B, heads, L, S]."""
+    if scores is None or scores.ndim < 2 or scores.shape[-2] == 1:
+        return scores
+    scores = scores.reshape((1,) * (4 - scores.ndim) + scores.shape)
+    return jnp.take_along_axis(scores, where[:, None, :, None], axis=2)
 
 
 def relative_bucket(distance: Array, num_buckets: int, max_distance: int, causal: bool) -> Array:
@@ -398,6 +419,7 @@ class TransformerStack(nn.Module):
         context: Array | None = None,
         context_lengths: Array | None = None,
         global_mask: Array | None = None,
+        where: Array | None = None,
         hidden_states: bool = False,
         train: bool = False,
     ) -> Any:
@@ -407,6 +429,8 @@ class TransformerStack(nn.Module):
           inputs, lengths, mask, context, context_lengths, global_mask, train: see
             ``TransformerLayer``.
           bias: see there; it replaces the relative position bias.
+          where: int [B, P], the positions whose outputs are wanted, [B, P, H]; None = all. Of the
+            last layer the others are not computed, unless it has a window or is scanned.
           hidden_states: return ``(outputs, states)`` with ``num_layers + 1`` states: the inputs,
             then what each layer gives, the last one after the final norm.
         """
@@ -419,8 +443,14 @@ class TransformerStack(nn.Module):
             "context_lengths": context_lengths, "global_mask": global_mask, "train": train,
         }  # fmt: skip
 
-        def run(layer: nn.Module, x: Array, index: Array | int) -> Array:
-            return layer(x, index, **given)
+        if where is not None and hidden_states:
+            raise ValueError("hidden states are of all positions: where=None")
+        early = None if c.scan or c.layer(c.num_layers - 1).window is not None else where
+
+        def run(
+            layer: nn.Module, x: Array, index: Array | int, where: Array | None = None
+        ) -> Array:
+            return layer(x, index, where=where, **given)
 
         if c.remat:
             run = nn.remat(run, prevent_cse=not c.scan)
@@ -437,8 +467,10 @@ class TransformerStack(nn.Module):
                 states += list(outputs)
         else:
             for index, layer in enumerate(self.layers):
-                x = run(layer, x, index)
+                x = run(layer, x, index, early if index == c.num_layers - 1 else None)
                 states.append(x)
+        if where is not None and early is None:
+            x = take_at(x, where)
         if c.final_norm:
             x = self.norm(x)
             states[-1] = x
