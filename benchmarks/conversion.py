@@ -11,11 +11,6 @@ holds the parameters, moments, activations and, for JAX, the compiler. Times are
 steps that warm up; processor time, a mean, tells more where other jobs run. The fields have
 ``rows`` ids each: Adam updates every row of every table, which is what a step of large tables
 costs.
-
-Measured once on 2 CPU cores under heavy load by other jobs (10 to 15 runnable), with
-``--budget=2 --threads=1`` and deepctr-torch 0.3.0: 6.0 ms of processor time a step against 12.4 ms,
-212 MiB against 125 MiB. Wall-clock times under such a load are no measure: 37 ms against 75 ms, and
-with two threads a step of PyTorch took 0.6 s in one run and 1.8 s in another.
 """
 
 import argparse
