@@ -8,8 +8,6 @@ import tempfile
 
 import pytest
 
-from transfer_jax.training import keep_memory
-
 # Most tests compile more than they compute: without LLVM's optimisations, in half the time.
 _FLAGS = {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimization_level": 0}
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
@@ -27,8 +25,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-
-keep_memory()
 
 # Tracing makes many objects and little garbage: at Python's own thresholds a fifth of the time
 # goes into looking for it.
