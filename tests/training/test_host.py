@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from tests.children import environment
+from transfer_jax.training import keep_memory
 
 # Minor page faults of a step with 95 MiB of temporaries: the median of ten. Steps may overlap with
 # the release of what the step before has used, so that the first few still grow the heap.
@@ -40,3 +41,9 @@ def test_memory_is_kept():
     if without < pages / 2:
         pytest.skip("this kernel does not count the faults, or maps large pages")
     assert kept < pages / 20
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "tpu,cpu"])
+def test_nothing_is_changed_for_accelerators(platforms, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert not keep_memory()
