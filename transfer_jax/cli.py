@@ -33,6 +33,7 @@ from transfer_jax.training.host import keep_memory
 
 OK, FAILED, USAGE, PREEMPTED = 0, 1, 2, 75
 
+_LEAVE_AFTER = 1.0  # seconds between the error of a process of a job of several and its end
 _KILL_AFTER = 10.0  # seconds that processes are given once another one of the job has failed
 
 OVERRIDES_HELP = """\
@@ -577,12 +578,14 @@ def _stop_with_parent() -> None:
 def _leave_job(code: int) -> None:
     """Ends a failed process of a job of several at once.
 
-    An ordinary exit waits for the others, who wait in a collective for this one.
+    An ordinary exit waits for the others, who wait in a collective for this one. They fail when it
+    is gone, and since they wait here as well, whoever started the job sees the cause end first.
     """
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(_LEAVE_AFTER)
         os._exit(code)
 
 
