@@ -217,6 +217,27 @@ def test_the_log_q_correction_is_unbiased():
     assert abs(float(naive.mean()) - others) > 20 * float(naive.std()) / np.sqrt(len(naive))
 
 
+def test_bpr_max():
+    positive = jnp.array([0.3, -1.0])
+    negative = jnp.array([[0.5, -0.2, 1.1], [2.0, 0.0, -3.0]])
+    share = nn.softmax(negative, axis=-1)
+    ranking = -jnp.log((share * nn.sigmoid(positive[:, None] - negative)).sum(-1))
+    expected = ranking + 0.7 * (share * negative**2).sum(-1)
+    np.testing.assert_allclose(rec.bpr_max(positive, negative, 0.7), expected, rtol=1e-5)
+    one = rec.bpr_max(positive, negative[:, :1], 0.0)
+    np.testing.assert_allclose(one, nn.softplus(negative[:, 0] - positive), rtol=1e-5)  # BPR
+    # A negative that is the right item counts in neither term, and its slope is a number.
+    hits = jnp.array([[False, True, False]] * 2)
+    without = negative[:, jnp.array([0, 2])]
+
+    def hit(negative):
+        return rec.bpr_max(positive, negative, 0.7, hits).sum()
+
+    value, slope = jax.value_and_grad(hit)(negative)
+    np.testing.assert_allclose(value, rec.bpr_max(positive, without, 0.7).sum(), rtol=1e-6)
+    assert np.isfinite(slope).all() and (slope[:, 1] == 0).all() and (slope[:, 0] != 0).all()
+
+
 def test_next_item_losses_agree_where_they_must(causal_variables):
     key, batch = jax.random.key(0), {"inputs": INPUTS}
     exact, metrics = evaluate(NEXT, causal_variables, batch, key)

@@ -90,8 +90,17 @@ def test_models_are_named():
         causal = objective.module.stack.causal
         assert cloze != causal and (objective.mask_id is not None) == cloze
     assert {o.kind for o in kinds.values() if isinstance(o, NextItem)} == {
-        "ce", "bce", "gbce", "sampled"
+        "ce", "bce", "gbce", "sampled", "bpr_max"
     }  # fmt: skip
+
+
+def test_gru4rec_as_published_has_a_gru_and_a_table_alone():
+    objective = bert4rec.recommender(get_config("bert4rec"), "gru4rec_plus", 9)
+    batch = {"inputs": jnp.ones((2, 5), jnp.int32)}
+    params = jax.eval_shape(objective.init, jax.random.key(0), batch).params
+    assert sorted(params) == ["body_0", "items"]
+    loss, aux = objective.loss(objective.init(jax.random.key(0), batch), batch, jax.random.key(1))
+    assert float(loss) > 0 and aux.metrics["nll"].weight == 8
 
 
 def test_rank_flips():

@@ -53,6 +53,7 @@ class SequentialRecommender(nn.Module, kw_only=True):
         ``dropout`` and ``dtype`` are read.
       encoder: one of ``ENCODERS``.
       positions: learned positions, counted from the left end of the row; False = none.
+      norm_embeddings: a norm after the embeddings, as BERT has; GRU4Rec has none.
       alignment: where sequences that are shorter than their row begin (``left``) or end
         (``right``).
       head: ``bert``: dense, GELU, norm, dot product, bias; ``dot``: dot product alone.
@@ -67,6 +68,7 @@ class SequentialRecommender(nn.Module, kw_only=True):
     stack: TransformerConfig
     encoder: str = "transformer"
     positions: bool = True
+    norm_embeddings: bool = True
     alignment: str = "left"
     head: str = "bert"
     special_rows: int = 2
@@ -99,7 +101,8 @@ class SequentialRecommender(nn.Module, kw_only=True):
             self.position_table = nn.Embed(
                 self.max_length, s.features, embedding_init=init, dtype=s.dtype
             )
-        self.embedding_norm = make_norm(s)
+        if self.norm_embeddings:
+            self.embedding_norm = make_norm(s)
         self.drop = nn.Dropout(s.dropout)
         if self.encoder == "transformer":
             self.body: Any = TransformerStack(s)
@@ -120,7 +123,8 @@ class SequentialRecommender(nn.Module, kw_only=True):
         x = self.items(inputs)
         if self.positions:
             x = x + self.position_table(jnp.arange(length))
-        x = self.embedding_norm(x)
+        if self.norm_embeddings:
+            x = self.embedding_norm(x)
         return self.drop(x, deterministic=False) if train else x
 
     def encode(self, inputs: Array, where: Array | None = None, *, train: bool = False) -> Array:

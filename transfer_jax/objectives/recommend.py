@@ -28,7 +28,7 @@ NEVER = -1e30
 
 ROWS = ("items", "all")
 REDUCTIONS = ("token", "sequence")
-NEXT_ITEM_LOSSES = ("ce", "bce", "gbce", "sampled")
+NEXT_ITEM_LOSSES = ("ce", "bce", "gbce", "sampled", "bpr_max")
 
 
 # -- losses ---------------------------------------------------------------------------------------
@@ -139,6 +139,30 @@ def sampled_softmax(
         negative = jnp.where(hits, NEVER, negative)
     together = jnp.concatenate([positive[..., None], negative], axis=-1)
     return jax.nn.logsumexp(together, axis=-1) - positive
+
+
+def bpr_max(
+    positive: Array, negative: Array, regularisation: float = 1.0, hits: Array | None = None
+) -> Array:
+    """GRU4Rec's ranking loss (Hidasi and Karatzoglou 2018): BPR, led by the highest negatives.
+
+    ``-log sum_j s_j sigmoid(positive - negative_j) + regularisation sum_j s_j negative_j ** 2``,
+    with s the softmax of the negatives' scores. With one negative the first term is BPR.
+
+    Args:
+      positive: float32 [...].
+      negative: float32 [..., K].
+      regularisation: of the negatives' scores.
+      hits: see ``sampled_softmax``.
+
+    Returns:
+      float32 [...].
+    """
+    others = negative if hits is None else jnp.where(hits, NEVER, negative)
+    log_share = jax.nn.log_softmax(others, axis=-1)
+    better = jax.nn.log_sigmoid(positive[..., None] - others)
+    squares = jnp.sum(jnp.exp(log_share) * negative**2, axis=-1)
+    return regularisation * squares - jax.nn.logsumexp(log_share + better, axis=-1)
 
 
 # -- masking --------------------------------------------------------------------------------------
@@ -391,10 +415,12 @@ class NextItem(Recommendation):
       kind: one of ``NEXT_ITEM_LOSSES``. ``ce``: softmax over all items. ``bce``: SASRec's, with
         ``negatives`` drawn uniformly from the other items for each position. ``gbce``: the same
         with gSASRec's power. ``sampled``: softmax among ``negatives`` shared by the whole batch.
+        ``bpr_max``: GRU4Rec's ranking loss among the same.
       negatives: K.
       calibration: t of gBCE.
       correct: the logQ correction of ``sampled``.
-      weights: float32 [R], carried; rows are drawn for ``sampled`` in proportion to it, so that of
+      regularisation: of ``bpr_max``.
+      weights: float32 [R], carried; shared negatives are drawn in proportion to it, so that of
         rows that are no items must be 0. None = uniformly among the items.
     """
 
@@ -402,6 +428,7 @@ class NextItem(Recommendation):
     negatives: int = flax.struct.field(pytree_node=False, default=1)
     calibration: float = flax.struct.field(pytree_node=False, default=0.75)
     correct: bool = flax.struct.field(pytree_node=False, default=True)
+    regularisation: float = flax.struct.field(pytree_node=False, default=1.0)
     weights: Array | None = None
 
     def init(self, rng: Array, batch: Batch) -> Variables:
@@ -429,7 +456,7 @@ class NextItem(Recommendation):
             return item_cross_entropy(queries, table, bias, labels, block=self.block)
         n = self.module.num_items
         positive = scores_of(queries, table, bias, labels[:, None])[:, 0]
-        if self.kind == "sampled":
+        if self.kind in ("sampled", "bpr_max"):
             if self.weights is None:
                 drawn = jax.random.randint(key, (self.negatives,), 1, n + 1)
                 expected = jnp.full(self.negatives, self.negatives / n)
@@ -439,6 +466,8 @@ class NextItem(Recommendation):
                 expected = self.negatives * share[drawn]
             negative = item_scores(queries, table[drawn], bias[drawn])
             hits = labels[:, None] == drawn
+            if self.kind == "bpr_max":
+                return bpr_max(positive, negative, self.regularisation, hits)
             return sampled_softmax(
                 positive, negative, jnp.log(expected) if self.correct else 0.0, hits
             )

@@ -11,8 +11,10 @@ The recipe's ``config.task`` is one of
 
 Models: ``bert4rec`` (Cloze); ``bert4rec_1mask`` (one mask per row, the paper's Table 3); with the
 same layers under a causal mask and a plain dot product, ``sasrec_ce`` (softmax over all items),
-``sasrec_bce`` (SASRec's own loss), ``sasrec_gbce``, ``sasrec_sampled``; ``gru4rec`` (a GRU with
-softmax over all items).
+``sasrec_bce`` (SASRec's own loss), ``sasrec_gbce``, ``sasrec_sampled``; ``gru4rec`` (a GRU in place
+of the Transformer's layers, with positions, the norm of embeddings, and softmax over all items) and
+``gru4rec_plus`` (as published in 2018, what the paper compares with: one layer, neither of the two,
+BPR-max among sampled items, no biases of items).
 """
 
 import difflib
@@ -46,6 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "sasrec_gbce": {"objective": NextItem, "kind": "gbce"},
     "sasrec_sampled": {"objective": NextItem, "kind": "sampled"},
     "gru4rec": {"objective": NextItem, "kind": "ce"},
+    "gru4rec_plus": {"objective": NextItem, "kind": "bpr_max"},
 }
 
 
@@ -76,15 +79,16 @@ def recommender(config: Any, name: str, num_items: int) -> Recommendation:
     fields = dict(MODELS[name])
     cls = fields.pop("objective")
     m = config.model
+    gru, published = name.startswith("gru4rec"), name == "gru4rec_plus"
     stack = encoder_stack(
-        m.features, num_layers=m.num_layers, num_heads=m.num_heads, dropout=m.dropout,
-        attention_dropout=m.attention_dropout, causal=cls is NextItem, hidden=m.hidden,
-        dtype=jnp.dtype(m.dtype) if m.dtype else None,
+        m.features, num_layers=1 if published else m.num_layers, num_heads=m.num_heads,
+        dropout=m.dropout, attention_dropout=m.attention_dropout, causal=cls is NextItem,
+        hidden=m.hidden, dtype=jnp.dtype(m.dtype) if m.dtype else None,
     )  # fmt: skip
     module = SequentialRecommender(
-        num_items=num_items, max_length=m.length, stack=stack, positions=m.positions,
-        encoder="gru" if name == "gru4rec" else "transformer",
-        alignment="left" if name == "gru4rec" else m.alignment,
+        num_items=num_items, max_length=m.length, stack=stack,
+        positions=m.positions and not published, norm_embeddings=not published,
+        encoder="gru" if gru else "transformer", alignment="left" if gru else m.alignment,
         head=m.head if cls is Cloze else "dot", special_rows=m.special_rows,
         round_rows_to=m.round_rows_to,
     )  # fmt: skip
